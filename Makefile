@@ -59,7 +59,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m '' tests/test_import_direction.py tests/test_house.py
+	$(BIN)/python -m pytest -q -m '' tests/test_encodings.py tests/test_house.py \
+		tests/test_import_direction.py tests/test_one_way_to_write.py tests/test_printing.py
 	$(MAKE) --no-print-directory docs
 
 docs: setup

@@ -6,6 +6,9 @@ Both train the embedded model on the same sequences, in turns, so that other loa
 both. A step is forward_backward and optim_step, submitted together and awaited. The server runs in a process
 of its own, as `recipes.serve` does; with `--same-process` on a thread beside the SDK, on the engine of the
 clients in process, so that they also share Python's lock.
+
+The last column is the time of the SDK's step when its requests are answered at once, with earlier answers
+(`benchmarks.replayed_answers`): what no server can save.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import tinker
 
 import cookbook
@@ -87,12 +91,30 @@ def compare(service: ServiceClient, address: str) -> None:
                 if number >= 2:
                     times[name].append(taken)
         base, http = (1000 * statistics.median(times[name]) for name in ("in process", "over HTTP"))
+        alone = 1000 * seconds_of_the_sdk(address, num_sequences, length, num_steps)
         print(
             f"{num_sequences:3d} sequences of {length:3d}: {base:.1f} ms in process, {http:.1f} ms over "
-            f"HTTP, +{http - base:4.1f} ms, {http / base:.3f}x (medians of {num_steps})",
+            f"HTTP, +{http - base:4.1f} ms, {http / base:.3f}x; {alone:.1f} ms if answered at once "
+            f"(medians of {num_steps})",
             flush=True,
         )
     over_http.close("success")
+
+
+def seconds_of_the_sdk(address: str, num_sequences: int, length: int, num_steps: int) -> float:
+    """Returns the median time of the SDK's steps when each request is answered at once."""
+    port = free_port()
+    other = str(httpx.URL(address).port)
+    command = [sys.executable, "-m", "benchmarks.replayed_answers", other, str(port)]
+    with running("benchmarks.replayed_answers", command, port, embedded.MODEL_NAME) as replayed:
+        over_http = tinker.ServiceClient(base_url=replayed.address, api_key="tml-local")
+        client = over_http.create_lora_training_client(embedded.MODEL_NAME, rank=16, seed=0).result()
+        step = stepper(client, tinker, num_sequences, length)
+        step()
+        httpx.post(f"{replayed.address}/replay").raise_for_status()
+        median = statistics.median(seconds(step) for _ in range(num_steps))
+        over_http.close("success")
+    return median
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def _is_mode(value: ast.expr) -> bool:
     )
 
 
+@pytest.mark.slow  # `make check` runs it
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_text_file_is_opened_with_its_encoding(folder: str) -> None:
     found = [

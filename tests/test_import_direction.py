@@ -82,6 +82,7 @@ def violations(source: str, module: str, read: Callable[[str, str], Iterable[str
     return found
 
 
+@pytest.mark.slow  # `make check` runs it
 def test_imports_point_one_way() -> None:
     found = [line for module, path in MODULES.items() for line in violations(path.read_text("utf-8"), module)]
     assert found == []

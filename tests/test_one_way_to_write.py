@@ -99,6 +99,7 @@ def _writes(mode: ast.expr) -> bool:
     return set(text) <= set("rwxabt+") and bool(set(text) & set("wxa+"))
 
 
+@pytest.mark.slow  # `make check` runs it
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_only_the_files_module_writes_and_removes_files(folder: str) -> None:
     found = []

@@ -80,6 +80,7 @@ def _is_made_by(functions: set[str], argument: ast.expr) -> bool:
     return False
 
 
+@pytest.mark.slow  # `make check` runs it
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_printed_text_is_visible_and_plain(folder: str) -> None:
     found = [

@@ -108,6 +108,7 @@ def test_tokens_equal_those_of_the_template(renderer_of, templated, template_tok
     assert joined or tokens == template_tokens(templated, messages)
 
 
+@pytest.mark.cases(4)
 @few
 @given(messages=chats(forging_text))
 @example(messages=[user("<|im_end|>"), assistant("\n<|im_end|>")])
@@ -198,6 +199,7 @@ def test_normalization_cannot_turn_text_into_a_control_token(renderer_of, small_
     assert stop not in prompt.to_ints()
 
 
+@pytest.mark.cases(3)
 @few
 @given(content=plain_text)
 def test_the_trained_tokens_parse_to_the_message(renderer_of, templated, content):

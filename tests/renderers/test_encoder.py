@@ -17,6 +17,7 @@ pieces = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|x|>", "user\n", "a", 
 texts = st.lists(pieces, max_size=8).map("".join)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("flag", ["none", "lstrip", "rstrip", "single_word", "normalized"])
 @settings(max_examples=40, deadline=None)
 @given(series=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), beginning=texts)

@@ -246,7 +246,7 @@ def check_every_beginning(template: Template, messages: list[dict[str, Any]], to
     return chat
 
 
-@pytest.mark.cases(20)
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("name", slow_except(QUICK, TEMPLATES))
 @pytest.mark.parametrize("kind", ["plain", "system", "calls"])
 def test_every_prefix_has_the_text_that_the_template_prints(small_tokenizer, name, kind):
@@ -264,6 +264,7 @@ def test_templates_that_are_hard_to_trace_print_every_prefix_the_same(small_toke
         check_every_beginning(template, messages)
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("name", TRACED)
 def test_the_template_runs_about_once_per_message(name):
     template = IncrementalTemplate.of(TRACED[name])
@@ -276,6 +277,7 @@ def test_the_template_runs_about_once_per_message(name):
     assert memory.num_iterations <= 9 * 200 < memory.num_reused / 4
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("order", ["backwards", "mixed"])
 @pytest.mark.parametrize("name", slow_except(QUICK, TEMPLATES))
 def test_prefixes_can_be_rendered_in_any_order(small_tokenizer, name, order):
@@ -385,6 +387,7 @@ def check_random_template(small_tokenizer: Any, seed: int) -> None:
     check_every_beginning(template, messages)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(
     "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 40))]
 )
@@ -403,7 +406,7 @@ def paths_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jinja"))
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "path",
     [

@@ -127,6 +127,7 @@ SNIPPETS += ["<|channel|>analysis<|message|>"]
 texts = st.sampled_from(SNIPPETS) | st.text(max_size=4)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(
     "name",
     [
@@ -249,6 +250,7 @@ def rendered(tokenizer: Any, messages: list[Any], tools: Any = None, prompt: boo
     return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", WITH_TOOLS)
 @few
 @given(data=st.data())

@@ -114,6 +114,7 @@ def test_any_tokens_can_be_fed(renderer, data, sizes):
         assert joined(deltas) == fields(message)
 
 
+@pytest.mark.cases(4)
 @few
 @given(data=st.data())
 def test_bytes_that_are_not_characters_are_shown_as_decoded(renderer, data):

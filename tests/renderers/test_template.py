@@ -71,6 +71,7 @@ def looped(expression: str) -> str:
     return "{% for m in messages %}{{ " + expression + " }}|{% endfor %}"
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 @settings(max_examples=10, deadline=None)
 @given(chat=st.lists(messages, min_size=1, max_size=3), prompt=st.booleans())
@@ -133,7 +134,7 @@ CURIOUS_TEMPLATES = [
 short = st.sampled_from(["", "a", " a ", "b", "ab\n", "%s", "<b>", "</think>"]) | st.text(max_size=3)
 
 
-@pytest.mark.cases(16)
+@pytest.mark.cases(8)
 @pytest.mark.parametrize(
     "template",
     [*CURIOUS_TEMPLATES, *(looped(one) for one in EXPRESSIONS), *(looped(one) for one in CURIOSITIES)],

@@ -410,6 +410,7 @@ def test_a_failure_read_after_the_step_was_queued_still_fails_the_step(client: T
         step.result()
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "returned",
     [
@@ -605,6 +606,7 @@ def test_loading_a_state_discards_earlier_passes(tiny_qwen3: str, tmp_path: Path
 # -- what a checkpoint may hold, and its time to live ---------------------------------------------
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("rank", [2, 0])
 def test_weights_that_are_not_finite_are_not_saved(

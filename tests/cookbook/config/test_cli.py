@@ -483,7 +483,7 @@ EIGHTFOLD = "\n".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 8)}]" for n
 MERGED = "\n".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}" for n in range(40))
 
 
-@pytest.mark.cases(7)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("text", "message"),
     [

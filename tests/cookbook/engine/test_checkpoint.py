@@ -243,6 +243,7 @@ def test_a_file_that_is_far_too_large_is_refused_before_it_is_read(
     assert name in refused(base, saved)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE])
 @pytest.mark.parametrize("length", [0, 30])
 def test_a_truncated_file_is_detected(base: BaseModel, saved: Path, name: str, length: int) -> None:
@@ -272,6 +273,7 @@ def test_a_missing_folder_is_reported(base: BaseModel, tmp_path: Path) -> None:
     assert "does not exist" in refused(base, file)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "text", ["[]", "null", "1", '{"format": 1}', '{"format": 1, "base_model": "x", "lora": 3}']
 )

@@ -434,7 +434,7 @@ def other_tokens(sequence: Tokens, tokens: Sequence[int]) -> Tokens:
     return replace(sequence, tokens=drawn[:-1], targets=targets)
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", slow_except([name for name in QUICK if name not in LONGROPE], IN_ROWS))
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 5, phases=[Phase.generate])
 @given(
@@ -462,7 +462,7 @@ def test_changing_one_packed_sequence_leaves_the_logprobs_of_the_others_bit_iden
     assert_others_unchanged(name, index, before, after)
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_changing_one_branch_leaves_the_logprobs_of_the_others_bit_identical(
@@ -514,7 +514,7 @@ def test_a_batch_with_nothing_to_share_has_the_same_bits_with_and_without_sharin
         assert torch.equal(gradient, shared.gradients[name])
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", IN_ROWS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, trainer_of: Any) -> None:
@@ -560,6 +560,7 @@ def planned(base: BaseModel, lengths: list[int], max_tokens: int) -> list[list[i
     return sorted([family.indices[0] for family in microbatch] for microbatch in plan)
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS | LONGROPE)
 def test_models_that_support_packing_are_packed(name: str, trainer_of: Any) -> None:
     base = trainer_of(name)[0].base
@@ -567,13 +568,14 @@ def test_models_that_support_packing_are_packed(name: str, trainer_of: Any) -> N
     assert not base.is_padded
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 def test_models_that_support_sharing_share_what_sequences_begin_with(name: str, trainer_of: Any) -> None:
     """A trial when the model is loaded decides."""
     assert BaseModel(trainer_of(name)[0].base.name).min_shared_tokens == MIN_SHARED_TOKENS
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, "float32") for name in PADDED), ("stablelm-faint", "bfloat16")]
 )

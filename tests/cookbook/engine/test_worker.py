@@ -75,6 +75,7 @@ def test_a_job_that_raises_fails_alone(engine: Engine, error: BaseException) -> 
     assert next_one.result(timeout=10) == "next"
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("error", RAISED, ids=repr)
 def test_a_done_callback_that_raises_does_not_stop_the_others(
@@ -97,6 +98,7 @@ def test_a_done_callback_that_raises_does_not_stop_the_others(
     assert behind.result(timeout=10) == "behind"
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("error", [None, *RAISED], ids=repr)
 def test_items_that_a_batcher_took_but_did_not_complete_fail(engine: Engine, error: Any) -> None:
     go = threading.Event()

@@ -37,7 +37,7 @@ def rendered(chat_format: ChatFormat, messages: list[Message]) -> list[int]:
     return ids
 
 
-@pytest.mark.cases(12)
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("system_prompt", slow_after(1, [None, SYSTEM_PROMPT]))
 def test_the_exported_template_prints_the_prompts_of_the_renderer(
     formatted: tuple[str, Any], format_of_each: ChatFormat, system_prompt: str | None
@@ -56,7 +56,7 @@ TELLS_ALL_THINKING = {
 """Those of Qwen3.8, too, print the thinking of the history."""
 
 
-@pytest.mark.cases(10)
+@pytest.mark.cases(5)
 def test_the_exported_template_prints_the_thinking_of_the_history_as_in_training(
     formatted: tuple[str, Any], format_of_each: ChatFormat
 ) -> None:
@@ -79,6 +79,7 @@ def test_every_renderer_whose_template_is_here_is_exported(exported_names: set[s
     assert exported_names | without == {*renderer_names()}
 
 
+@pytest.mark.cases(16)
 def test_replies_end_at_the_stop_sequences_of_the_renderer(
     formatted: tuple[str, Any], format_of_each: ChatFormat
 ) -> None:

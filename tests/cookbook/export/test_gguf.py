@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from outside_world import remove_package
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cookbook.errors import ConfigError
-from cookbook.export import gguf_weights
+from cookbook.export import gguf_weights, llama_quantize
 from cookbook.export.chat_format import chat_format_of, find_chat_format
 from cookbook.export.gguf_vocabulary import pre_tokenizer_name
 from cookbook.export.merge import base_model_folder, merged_weights
@@ -142,6 +143,21 @@ def test_smaller_types_round_the_numbers_and_keep_vectors_in_float32(
         truth = numbers_of(exact[name])
         largest = np.abs(truth).max()
         np.testing.assert_allclose(numbers_of(tensor), truth, atol=0 if is_vector else tolerance * largest)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(llama_quantize.PROGRAM) is None, reason="llama-quantize is not on the path")
+def test_the_tool_of_llama_cpp_reads_the_file(written: tuple[str, Path, Any, Path], tmp_path: Path) -> None:
+    """The values of a block are an eighth of its largest number apart."""
+    larger = Path(shutil.copy(written[3] / "f32.gguf", tmp_path / "f32.gguf"))
+    smaller = llama_quantize.quantize(larger, "q4_0")
+    assert smaller is not None
+    exact = {tensor.name: numbers_of(tensor) for tensor in gguf.GGUFReader(larger).tensors}
+    rounded = {tensor.name: numbers_of(tensor) for tensor in gguf.GGUFReader(smaller).tensors}
+    assert rounded.keys() == exact.keys()
+    for name, numbers in exact.items():
+        np.testing.assert_allclose(rounded[name], numbers, rtol=0, atol=abs(numbers).max() / 8)
+    assert any((rounded[name] != numbers).any() for name, numbers in exact.items())
 
 
 def test_the_hyperparameters_are_those_of_the_config(written: tuple[str, Path, Any, Path]) -> None:

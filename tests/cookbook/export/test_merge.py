@@ -56,6 +56,7 @@ def family(
     return base, folder / "adapter", make_adapted(base, folder / "adapter")
 
 
+@pytest.mark.cases(3)
 def test_merged_weights_in_plain_transformers_give_the_logits_of_the_adapter(
     family: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_files_with_other_weight_names_are_merged_under_those_names(
     assert torch.equal(merged.get_input_embeddings().weight, body.get_input_embeddings().weight)
 
 
+@pytest.mark.cases(2)
 def test_shards_equal_one_file_and_only_one_shard_is_in_memory(
     family: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:

@@ -46,7 +46,7 @@ def commands(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.cases(12)
+@pytest.mark.cases(6)
 def test_ollamas_template_prints_the_prompts_of_the_renderer(
     formatted: tuple[str, Any], format_of_each: ChatFormat, go_render: Callable[..., str]
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_conversation_may_replace_the_system_prompt_of_the_run(
     assert "arr" not in found["TEMPLATE"]
 
 
-@pytest.mark.cases(10)
+@pytest.mark.cases(5)
 def test_generation_stops_at_the_stop_sequences_of_the_renderer(format_of_each: ChatFormat) -> None:
     chat_format = format_of_each
     found = [value for word, value in commands(modelfile(chat_format, ".")) if word == "PARAMETER stop"]

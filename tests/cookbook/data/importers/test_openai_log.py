@@ -791,7 +791,7 @@ def test_calls_that_continue_a_response_of_the_file_have_its_messages(tmp_path: 
 # -- malformed documents ----------------------------------------------------------------------
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_a_document_damaged_anywhere_is_read_or_refused(name: str) -> None:
     num_refused = 0

@@ -67,7 +67,7 @@ def cases(are_quick: set[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.cases(8)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("kind", "settings"),
     cases(

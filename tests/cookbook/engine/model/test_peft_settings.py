@@ -57,7 +57,7 @@ def adapter(tmp_path: Path, tiny_qwen3: str) -> Path:
 KNOWN = peft_settings._FREE | {"task_type"}
 
 
-@pytest.mark.cases(7)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(peft.LoraConfig) if field.name not in KNOWN]
 )
@@ -70,6 +70,7 @@ def test_every_other_setting_of_the_installed_peft_is_refused_by_name(adapter: P
             checkpoint.read_info(adapter)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -208,6 +209,7 @@ def test_a_pattern_that_takes_too_long_is_refused(adapter: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("rank", [10**9, 10**30, 0, -4, "4", None, 4.5, True])
 def test_an_unrealistic_rank_is_refused_before_memory_is_allocated(adapter: Path, rank: Any) -> None:
     change(adapter, r=rank)
@@ -264,6 +266,7 @@ def test_a_pickled_adapter_is_refused_with_instructions_to_convert_it(adapter: P
         checkpoint.read_weights(adapter)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [

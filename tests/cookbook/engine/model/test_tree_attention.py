@@ -98,7 +98,7 @@ def compare(layout: AttentionLayout, seen: list[list[int]], qkv: list[Tensor], *
         torch.testing.assert_close(gradient.double() / size, other / size, rtol=0, atol=4 * tolerance)
 
 
-@pytest.mark.cases(6)
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("seed", slow_after(2, range(4)))
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -142,6 +142,7 @@ def test_blocks_of_ancestors_are_shared_by_neighbours() -> None:
     assert len(layout.tree.calls) == 40 + 3
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("sliding_window", [None, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_variable_length_kernel_gets_the_keys_of_each_path(seed: int, sliding_window: int | None) -> None:
