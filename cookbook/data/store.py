@@ -186,6 +186,8 @@ class StoreMeta:
             json_files.check({"notes": note}, {"notes": list[str]}, origin)
             json_files.check({"notes": number}, {"notes": Count}, origin)
         bad_rows = [BadRowNote(*note) for note in values["bad_rows"]]
+        if len(bad_rows) != min(values["num_bad_rows"], NUM_NAMED_BAD_ROWS):
+            origin.refuse(f"num_bad_rows is {values['num_bad_rows']}, and {len(bad_rows)} are named")
         notes = Counter({Note(*note): number for *note, number in values["notes"]})
         return cls(**{**values, "bad_rows": bad_rows, "notes": notes})
 

@@ -110,9 +110,9 @@ def eval_charts(run: RunRecord, most: int) -> list[Chart]:
     parts: dict[tuple[str, str], list[str]] = {}
     charts = []
     for name in run.evals:
-        first, *middle, last = name.split("/")
-        if middle:
-            parts.setdefault((first, last), []).append(name)
+        words = name.split("/")
+        if len(words) > 2:
+            parts.setdefault((words[0], words[-1]), []).append(name)
         elif name not in shown:
             charts.append(chart(name, [line(name, run.evals[name], 1, most)], note=_note(run, [name])))
     for (first, last), names in parts.items():

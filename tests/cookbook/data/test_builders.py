@@ -254,9 +254,15 @@ def test_a_damaged_cache_is_rendered_again(
     make = functools.partial(builder_noting_rows, rendered, path, tiny_qwen3)
     whole = all_tokens(make()()[0])
     (store,) = (tmp_path / "cache" / "rendered").iterdir()
+
+    def count_a_bad_row() -> None:
+        meta = json.loads((store / "meta.json").read_text(encoding="utf-8"))
+        (store / "meta.json").write_text(json.dumps({**meta, "num_bad_rows": 1}), encoding="utf-8")
+
     damages: list[Callable[[], Any]] = [
         (store / "meta.json").unlink,
         lambda: (store / "meta.json").write_text("{", encoding="utf-8"),
+        count_a_bad_row,
         lambda: (store / "tokens.bin").write_bytes((store / "tokens.bin").read_bytes()[:-4]),
         (store / "runs.npy").unlink,
     ]

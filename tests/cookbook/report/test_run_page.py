@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from cookbook.errors import CheckpointError, ConfigError, DataError
-from cookbook.report import write_report
+from cookbook.report import panels, write_report
 from cookbook.runs.record import read_run
 
 MakeRun = Callable[..., Path]
@@ -402,6 +402,16 @@ def test_a_run_of_one_step_is_drawn(make_run: MakeRun, browser: Any) -> None:
     assert browser.errors == []
     assert browser.evaluate('document.querySelectorAll("figure circle.dot").length') >= 2
     assert "NaN" not in browser.evaluate('document.querySelector("main").innerHTML')
+
+
+@pytest.mark.parametrize("name", ["accuracy", "", "/", "a/b/c/d"])
+def test_an_evaluator_s_metric_has_a_chart_whatever_its_name(make_run: MakeRun, name: str) -> None:
+    run = make_run(num_steps=1)
+    rows = [{**row, name: 0.5} for row in rows_of(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_report(run)
+    titles = [chart["title"] for chart in panels.eval_charts(read_run(run), most=100)]
+    assert ("a/…/d" if name == "a/b/c/d" else name) in titles
 
 
 @pytest.mark.slow
