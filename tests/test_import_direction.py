@@ -88,6 +88,7 @@ def test_imports_point_one_way() -> None:
     assert found == []
 
 
+@pytest.mark.slow  # `make check` runs it
 def test_no_file_imports_one_that_imports_it() -> None:
     assert import_graph.circles(import_graph.graph()) == []
 

@@ -104,6 +104,7 @@ def test_an_invalid_run_says_what_to_do_without_a_traceback(
     assert len(err.splitlines()) <= 7
 
 
+@pytest.mark.slow
 def test_a_dataset_may_be_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = embedded.PIRATE_PATH.read_text(encoding="utf-8").splitlines()[:40]
     (tmp_path / "chats.jsonl").write_text("\n".join(rows), encoding="utf-8")

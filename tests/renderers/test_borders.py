@@ -59,7 +59,7 @@ def test_the_borders_of_well_known_tokenizers_are_known(tokenizer):
     assert parts_at_border(tokenizer.backend_tokenizer)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @settings(max_examples=200, deadline=None)
 @given(before=texts, after=texts)
 def test_both_sides_of_a_border_are_encoded_separately(tokenizer, before, after):

@@ -42,6 +42,7 @@ replies = st.lists(
 ).map("".join)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["small", "qwen3"])
 @settings(max_examples=150, deadline=None)
 @given(said=st.lists(replies, min_size=1, max_size=3), thought=st.sampled_from(["\n\n", "\nHm.\n", "\n \n"]))

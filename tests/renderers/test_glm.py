@@ -37,7 +37,7 @@ def glm() -> Any:
     return chat_formats.tokenizer("glm")
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", FORMATS)
 def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, glm, name):
     template, options, others = FORMATS[name]

@@ -31,7 +31,7 @@ def nemotron(request: pytest.FixtureRequest, small_tokenizer: Any) -> Any:
     return small_tokenizer(chat_formats.template("nemotron3_nano"), MARKUP)
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", FORMATS)
 def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, nemotron, name):
     options, others = FORMATS[name]

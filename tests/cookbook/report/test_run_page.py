@@ -409,7 +409,6 @@ def test_an_evaluator_s_metric_has_a_chart_whatever_its_name(make_run: MakeRun, 
     run = make_run(num_steps=1)
     rows = [{**row, name: 0.5} for row in rows_of(run)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_report(run)
     titles = [chart["title"] for chart in panels.eval_charts(read_run(run), most=100)]
     assert ("a/…/d" if name == "a/b/c/d" else name) in titles
 

@@ -46,6 +46,7 @@ def work(
     return losses
 
 
+@pytest.mark.slow
 def test_clients_that_train_together_have_the_results_of_one_alone_and_leave_nothing(
     service: ServiceClient, tiny_qwen3: str, tmp_path: Path, connect: Connect
 ) -> None:

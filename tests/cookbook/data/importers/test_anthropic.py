@@ -355,7 +355,7 @@ def test_rewards_select() -> None:
     assert read(row, "anthropic", min_reward=0.5).trained == []
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", [*ROWS, "messages", "stream"])
 def test_a_document_damaged_anywhere_is_read_or_refused(name: str) -> None:
     others = {"messages": {**REQUEST}, "stream": {"request": REQUEST, "response": EVENTS}}

@@ -340,7 +340,7 @@ def trees(draw: Any) -> list[Path]:
     return found
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", WRITERS)
 @settings(max_examples=60, deadline=None)
 @given(tree=trees())

@@ -40,6 +40,7 @@ def sample(base: BaseModel, adapter: Adapter | None, prompts: list[list[int]]) -
     return [request.future.result(timeout=0).sequences[0] for request in requests]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_a_lone_sample_has_the_bits_of_one_in_a_batch(
     base: BaseModel, adapter: Adapter, is_adapted: bool

@@ -48,7 +48,7 @@ def sample(
     return [request.future.result(timeout=0) for request in requests]
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_samples_equal_generate_and_a_forward_pass_however_they_are_batched(
     name: str, tmp_path: Path
