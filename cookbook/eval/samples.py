@@ -76,21 +76,22 @@ class SamplesEvaluator(SamplingClientEvaluator):
 def held_out_prompts(
     data: SupervisedDataset, renderer: Renderer, number: int = len(QUESTIONS)
 ) -> list[Prompt]:
-    """Returns what comes before the first trained token of each of the first examples.
+    """Returns what comes before the first trained token of the first examples in which it differs.
 
     The model was trained to continue such a text, so it is what the model is prompted with.
     """
-    found: list[Prompt] = []
+    found: dict[tuple[int, ...], Prompt] = {}
     for batch in data.iter_batches():
         for datum in batch:
             trained_T = TensorData(datum.loss_fn_inputs["weights"]).to_numpy() > 0
             tokens = datum.model_input.to_ints()[: int(trained_T.argmax()) + 1]
             if not trained_T.any() or len(tokens) > MAX_PROMPT_TOKENS:
                 continue
-            found.append(Prompt(_last_message(tokens, renderer), ModelInput.from_ints(tokens)))
+            prompt = Prompt(_last_message(tokens, renderer), ModelInput.from_ints(tokens))
+            found.setdefault(tuple(tokens), prompt)
             if len(found) == number:
-                return found
-    return found
+                return list(found.values())
+    return list(found.values())
 
 
 def _indented(text: str) -> str:

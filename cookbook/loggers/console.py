@@ -74,9 +74,10 @@ class ConsoleLogger(MetricLogger):
     def log(self, step: int, metrics: Metrics) -> None:
         for line in _evaluation_lines(step, metrics):
             self._print(line)
-        if "train/nll" not in metrics:
+        losses = _losses_of(metrics)
+        if not losses:
             return
-        status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        status = f"{losses}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
         if (memory := metrics.get("perf/memory_peak_gib")) is not None:
             status += f"  {memory:.1f} GiB"
         left = metrics.get("perf/seconds_left")
@@ -109,6 +110,12 @@ class ConsoleLogger(MetricLogger):
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _losses_of(metrics: Metrics) -> str:
+    """Returns the loss of a step, and what else is logged as one, such as `dpo_loss 0.640  nll 2.112`."""
+    names = [name for name in metrics if name.startswith("train/") and name.endswith(("loss", "nll"))]
+    return "  ".join(f"{name.removeprefix('train/')} {metrics[name]:.3f}" for name in names)
 
 
 def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:

@@ -70,7 +70,10 @@ class NamedModels:
             if path.is_dir() and not path.is_symlink():
                 return str(path)
         known = ", ".join(self.names())
-        raise CheckpointError(f"There is no model {name!r} on this server. It has: {known}.")
+        raise CheckpointError(
+            f"There is no model {name!r} on this server. It has: {known}. Folders of runs and checkpoints are "
+            f"served if the server is started with runs=<folder>."
+        )
 
     # -- loading ----------------------------------------------------------------------------
 

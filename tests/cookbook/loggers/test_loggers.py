@@ -60,6 +60,13 @@ def test_without_a_terminal_the_console_prints_about_twenty_plain_lines() -> Non
     assert lines[-1] == "step 100/100  nll 1.250  1,234 tokens/s  60 s left"
 
 
+def test_the_loss_of_another_objective_is_printed_first() -> None:
+    out = io.StringIO()
+    of_pairs = {"train/dpo_loss": 0.64, "train/dpo_accuracy": 1.0, "train/nll": 2.5}
+    ConsoleLogger(Console(file=out, width=80), total_steps=1, first_step=0).log(0, {**of_pairs, **STEP})
+    assert out.getvalue() == "step 1/1  dpo_loss 0.640  nll 1.250  1,234 tokens/s  60 s left\n"
+
+
 def test_on_a_terminal_of_80_columns_the_progress_bar_fits_a_line() -> None:
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True, legacy_windows=False, color_system=None)

@@ -129,6 +129,20 @@ def test_samples_are_of_held_out_conversations(run: Path) -> None:
     assert {(tuple(prompt.tokens.to_ints()), prompt.text) for prompt in prompts} <= expected
 
 
+def test_a_held_out_prompt_is_sampled_from_once(tmp_path: Path) -> None:
+    data = tmp_path / "chats.jsonl"
+    asked = ["Who are you?"] * 4 + ["Hi"]
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": f"{number}"}]
+        for number, text in enumerate(asked)
+    ]
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    made = make_config(Config, sft.DEFAULTS, [f"log_path={tmp_path}", f"dataset={data}", "test_size=0"])
+    train_data, _ = made.data_builder()
+    renderer = get_renderer(str(made.renderer_name), models.get_tokenizer(made.model_name))
+    assert sorted(prompt.text for prompt in held_out_prompts(train_data, renderer)) == ["Hi", "Who are you?"]
+
+
 @pytest.mark.parametrize(
     ("text", "prompts"),
     [
