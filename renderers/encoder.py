@@ -210,13 +210,13 @@ class Encoder:
         before = self._latest if trail is None or is_first else trail
         # What precedes the last control token that both texts begin with is known, and the rest is encoded.
         num = num_alike = 0
-        if self._controls_part and (before.apart_from < 0 or self._splits_apart):
+        if before.text and self._controls_part and (before.apart_from < 0 or self._splits_apart):
             num_alike = length_of_common_start(before.text, text)
             num = before.num_shared(num_alike, cuts, min(positions, default=len(text)))
         start, _, place = before.controls[num - 1] if num else (0, 0, 0)
         found, apart_from = None, before.apart_from if num else -1
         if apart_from < 0:
-            repeated = self._repeated(before, text, start, num_alike)
+            repeated = self._repeated(before, text, start, num_alike) if num_alike > start else None
             found, apart_from = self._encode_whole(text, cuts, positions, start, place, repeated)
             if found is None:
                 num = start = place = 0
@@ -240,7 +240,7 @@ class Encoder:
         So a reply stands behind its thinking first, and then in the history without it. The part is the rest
         of the line in which the texts begin to differ, and what follows, up to the end of a control token.
         """
-        if not (num_alike > begin and before.controls and before.apart_from < 0 and self._parts_at_lines):
+        if not (before.controls and before.apart_from < 0 and self._parts_at_lines):
             return None
         first = text.rfind("\n", begin, num_alike) + 1
         at = before.text.find(text[first : first + _LEAST_REPEATED], num_alike)

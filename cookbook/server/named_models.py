@@ -71,8 +71,8 @@ class NamedModels:
                 return str(path)
         known = ", ".join(self.names())
         raise CheckpointError(
-            f"There is no model {name!r} on this server. It has: {known}. Folders of runs and checkpoints are "
-            f"served if the server is started with runs=<folder>."
+            f"There is no model {name!r} on this server. It has: {known}. Start it with runs=<folder> to "
+            f"serve the runs and checkpoints there."
         )
 
     # -- loading ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model.dropout import KeyedDropout
-from cookbook.engine.model.packed_weights import packed_in
+from cookbook.engine.model.packed_weights import PackedLinear
 from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.quantization import weight_of
 from cookbook.engine.model.unembedding import product
@@ -81,7 +81,7 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
         return result
     a_RI, b_OR, scaling, dropout = self.active_lora
     x_NI = x_XI.reshape(-1, x_XI.shape[-1])
-    if (packed := packed_in(base)) is not None:
+    if isinstance(packed := base.forward, PackedLinear):
         out_NO = packed.add_lora(base(x_NI), x_NI, a_RI, b_OR, scaling)
     else:
         out_NO = _LoraLinear.apply(x_NI, base, a_RI, b_OR, scaling, dropout)

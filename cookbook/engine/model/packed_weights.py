@@ -55,12 +55,6 @@ class PackedLinear:
         return out_NO.add_(added_NO[: len(out_NO)], alpha=scaling)
 
 
-def packed_in(layer: nn.Module) -> PackedLinear | None:
-    """Returns the packed weights that a layer runs with, if it does so at the moment."""
-    forward = vars(layer).get("forward")
-    return forward if isinstance(forward, PackedLinear) else None
-
-
 class PackedWeights:
     """All linear layers of a model, packed."""
 

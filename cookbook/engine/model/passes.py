@@ -22,7 +22,7 @@ from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.memory import checkpointed_layers
 from cookbook.engine.model.offloading import InputsOnHost
-from cookbook.engine.model.packed_weights import packed_in
+from cookbook.engine.model.packed_weights import PackedLinear
 from cookbook.engine.model.packing import PackedBatch, copy_to
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.recurrence import RecurrentLayers
@@ -107,15 +107,6 @@ class ModelPasses:
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         return unembedding.score_top(self.head(), hidden_ND.index_select(0, batch.scored_S), count)
 
-    def _checkpointed(
-        self, batch: PackedBatch, checkpoint_layers: bool, offload_inputs: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        """Returns the context of a pass whose layers may run again. MLPs of a long one run in tiles."""
-        on_host = InputsOnHost(self.device) if checkpoint_layers and offload_inputs else None
-        is_tiled = 0 < self.mlp_tile < batch.tokens_1N.numel()
-        tiling = functools.partial(tiled, tile=self.mlp_tile, dropout_keys=self.adapters.dropout_keys)
-        return checkpointed_layers(self.model, checkpoint_layers, on_host, tiling if is_tiled else None)
-
     def backpropagate(
         self,
         batch: PackedBatch,
@@ -131,8 +122,11 @@ class ModelPasses:
         them: for a loss that couples the tokens of a sequence, the projection is computed once more.
         `offload_inputs` keeps the inputs of checkpointed layers in host memory.
         """
-        num_trained = batch.num_trained
-        with torch.enable_grad(), self._checkpointed(batch, checkpoint_layers, offload_inputs):
+        num_trained, tiling = batch.num_trained, None
+        on_host = InputsOnHost(self.device) if checkpoint_layers and offload_inputs else None
+        if 0 < self.mlp_tile < batch.tokens_1N.numel():
+            tiling = functools.partial(tiled, tile=self.mlp_tile, dropout_keys=self.adapters.dropout_keys)
+        with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers, on_host, tiling):
             if not self.has_plain_head:
                 logprobs_S = self.logprobs_of_whole_model(batch)
                 if prepare is not None:
@@ -214,7 +208,7 @@ class ModelPasses:
             projection.rows,
             scale=self.logit_scaling.scale,
             softcap=self.logit_scaling.softcap,
-            packed=packed_in(projection.module),
+            packed=forward if isinstance(forward := projection.module.forward, PackedLinear) else None,
         )
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:

@@ -135,30 +135,28 @@ class Head:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Returns the logits of a few positions: [S, V], fp32."""
         if self.packed is not None:
-            return self._scaled(self._packed_logits(self.packed, hidden_SD))
-        logits_SV = product(hidden_SD, self.weight_VD.T)
-        if self.rows is not None:
-            values_MD = self.rows.values_MD.detach().to(hidden_SD.dtype)
-            logits_SV[:, self.rows.indices] = product(hidden_SD, values_MD.T)
-        if self.bias_V is not None:
-            logits_SV += self.bias_V
-        if self.lora is not None:
-            a_SR = hidden_SD @ self.lora.a_RD.to(hidden_SD.dtype).T * self.lora.scaling
-            logits_SV += product(a_SR, self.lora.b_VR.to(a_SR.dtype).T)
-        return self._scaled(logits_SV)
+            logits_SV = self._packed_logits(self.packed, hidden_SD)
+        else:
+            logits_SV = product(hidden_SD, self.weight_VD.T)
+            if self.rows is not None:
+                values_MD = self.rows.values_MD.detach().to(hidden_SD.dtype)
+                logits_SV[:, self.rows.indices] = product(hidden_SD, values_MD.T)
+            if self.bias_V is not None:
+                logits_SV += self.bias_V
+            if self.lora is not None:
+                a_SR = hidden_SD @ self.lora.a_RD.to(hidden_SD.dtype).T * self.lora.scaling
+                logits_SV += product(a_SR, self.lora.b_VR.to(a_SR.dtype).T)
+        if self.scale != 1:
+            logits_SV *= self.scale
+        if self.softcap is not None:
+            logits_SV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_SV
 
     def _packed_logits(self, packed: PackedLinear, hidden_SD: Tensor) -> Tensor:
         logits_SV = packed(hidden_SD)
         if self.lora is None:
             return logits_SV
         return packed.add_lora(logits_SV, hidden_SD, self.lora.a_RD, self.lora.b_VR, self.lora.scaling)
-
-    def _scaled(self, logits_SV: Tensor) -> Tensor:
-        if self.scale != 1:
-            logits_SV *= self.scale
-        if self.softcap is not None:
-            logits_SV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_SV
 
     def trained_keys(self) -> list[tuple[slice, Tensor]]:
         """Returns the columns of the keys that are trained, each with its parameter: [V] or [V, columns]."""

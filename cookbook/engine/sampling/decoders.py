@@ -68,21 +68,15 @@ class PackedDecoder(Decoder):
         super().__init__(base)
         self._cache = KVCache()
         packed = base.packed_weights
-        self._packed_weights = packed if packed is not None and packed.are_current() else None
-        self._row_multiple = base.row_multiple if self._packed_weights is None else 1
+        is_packed = packed is not None and packed.are_current()
+        self._using_weights = packed.in_use if packed is not None and is_packed else contextlib.nullcontext
+        self._row_multiple = 1 if is_packed else base.row_multiple
         self.min_shared = base.min_shared_tokens if base.reuses_prompts else None
         """The shortest beginning that is reused, or None if none is."""
 
     def prefill(self, groups: list[list[Sequence]]) -> Tensor:
-        with self._products():
+        with self._using_weights():
             return self._prefill(groups)
-
-    def decode(self, sequences: list[Sequence]) -> Tensor:
-        with self._products():
-            return self._decode(sequences)
-
-    def _products(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._packed_weights is None else self._packed_weights.in_use()
 
     def _prefill(self, groups: list[list[Sequence]]) -> Tensor:
         device = self._base.device
@@ -165,7 +159,7 @@ class PackedDecoder(Decoder):
         if self.prompts is not None and self.min_shared is not None and len(text_T) >= self.min_shared:
             self.prompts.add(text_T, *self._cache.of(sequence))
 
-    def _decode(self, sequences: list[Sequence]) -> Tensor:
+    def decode(self, sequences: list[Sequence]) -> Tensor:
         order = self._cache.begin_decode(sequences)
         num_rows, num_tokens = len(order), len(order) + -len(order) % self._row_multiple
         token_N, position_N, place_N = inputs_3N = np.zeros((3, num_tokens), np.int64)
@@ -176,8 +170,9 @@ class PackedDecoder(Decoder):
         segments = [(place, place + 1) for place in range(num_tokens)]
         starts = torch.empty(0, dtype=torch.int32)  # only the cache reads this layout
         layout = AttentionLayout(segments, starts, longest=1, cache=self._cache)
-        hidden_ND = self._base.hidden_of(inputs[:1], inputs[1:2], layout)
-        return self._base.head().logits(hidden_ND[inputs[2]])[:num_rows]
+        with self._using_weights():
+            hidden_ND = self._base.hidden_of(inputs[:1], inputs[1:2], layout)
+            return self._base.head().logits(hidden_ND[inputs[2]])[:num_rows]
 
     def remove(self, sequence: Sequence) -> None:
         if sequence.stop_reason is not None:  # the next prompt of a conversation begins with it
