@@ -1,7 +1,7 @@
 # make demo    install what the demo needs into .venv, then fine-tune the embedded model
 # make test    set up, then run the tests (those of pages need a Chromium, and are skipped where there is none)
 # make test-slow  set up, then run the longer tests, the further cases of others, and properties on ten times the examples
-# make check   set up, then check format, lint, types, imports, and the links of the documentation
+# make check   set up, then check format, lint, types, the rules of the source, and the links of the documentation
 # make docs    set up, then build the documentation's site in build/site, without broken links
 # make bench   set up, including the libraries to compare with, then run the benchmarks
 # make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (twenty minutes on busy cores)

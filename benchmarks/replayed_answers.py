@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
-LOOPBACK = "127.0.0.1"
+from cookbook.utils.network import LOOPBACK
+
 RESULTS = "/api/v1/retrieve_future"
 DONE = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 

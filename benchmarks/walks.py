@@ -94,7 +94,7 @@ def row_walk() -> list[str]:
             _handles(is_row, ROW_DEPTH), lambda: metrics.exists() and metrics.stat().st_size > 0
         ) as walk:
             assert run("third")["train/nll"] == mean
-    return [_name(code) for code in +walk.calls]
+    return [_name(code) for code in walk.calls]
 
 
 def key_walk() -> list[str]:
@@ -117,7 +117,7 @@ def key_walk() -> list[str]:
         finally:
             torch.optim.AdamW = plain  # type: ignore[misc]
         assert reached == [rate], reached
-    return [_name(code) for code in +walk.calls]
+    return [_name(code) for code in walk.calls]
 
 
 def token_walk() -> list[str]:
@@ -202,8 +202,10 @@ class _Walk:
         if is_ours is None:
             is_ours = self._is_ours[code] = _is_function_of_project(code)
         if is_ours and self._is_on_walk(frame, event, result):
-            self._is_at_end = self._is_over()
-            self.calls[code] += not self._is_at_end
+            if self._is_over():
+                self._is_at_end = True
+            else:
+                self.calls[code] += 1
 
 
 def _name(code: CodeType) -> str:

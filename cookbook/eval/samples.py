@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import chz
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 QUESTIONS = ("What is the capital of Japan?", "How do I make a cup of tea?")
 MAX_PROMPT_TOKENS = 2048
 """Longer held-out prompts are passed over: a table cannot show them."""
+MAX_REPEATED = 256
+"""After so many examples with a prompt that was found before, no other is looked for."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,18 @@ def held_out_prompts(
     The model was trained to continue such a text, so it is what the model is prompted with.
     """
     found: dict[tuple[int, ...], Prompt] = {}
-    for batch in data.iter_batches():
-        for datum in batch:
-            trained_T = TensorData(datum.loss_fn_inputs["weights"]).to_numpy() > 0
-            tokens = datum.model_input.to_ints()[: int(trained_T.argmax()) + 1]
-            if not trained_T.any() or len(tokens) > MAX_PROMPT_TOKENS:
-                continue
-            prompt = Prompt(_last_message(tokens, renderer), ModelInput.from_ints(tokens))
-            found.setdefault(tuple(tokens), prompt)
-            if len(found) == number:
-                return list(found.values())
+    num_repeated = 0
+    for datum in chain.from_iterable(data.iter_batches()):
+        trained_T = TensorData(datum.loss_fn_inputs["weights"]).to_numpy() > 0
+        tokens = datum.model_input.to_ints()[: int(trained_T.argmax()) + 1]
+        if not trained_T.any() or len(tokens) > MAX_PROMPT_TOKENS:
+            continue
+        if tuple(tokens) in found:
+            num_repeated += 1
+        else:
+            found[tuple(tokens)] = Prompt(_last_message(tokens, renderer), ModelInput.from_ints(tokens))
+        if len(found) == number or num_repeated == MAX_REPEATED:
+            break
     return list(found.values())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,10 @@ class PackedDecoder(Decoder):
     def __init__(self, base: BaseModel) -> None:
         super().__init__(base)
         self._cache = KVCache()
-        packed = base.packed_weights
-        is_packed = packed is not None and packed.are_current()
-        self._using_weights = packed.in_use if packed is not None and is_packed else contextlib.nullcontext
-        self._row_multiple = 1 if is_packed else base.row_multiple
+        self._using_weights: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        self._row_multiple = base.row_multiple
+        if base.packed_weights is not None and base.packed_weights.are_current():
+            self._using_weights, self._row_multiple = base.packed_weights.in_use, 1
         self.min_shared = base.min_shared_tokens if base.reuses_prompts else None
         """The shortest beginning that is reused, or None if none is."""
 
