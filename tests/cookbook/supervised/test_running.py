@@ -24,9 +24,8 @@ from cookbook.clients.futures import APIFuture
 from cookbook.config import config_files
 from cookbook.config.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
-from cookbook.eval import samples
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
-from cookbook.eval.samples import SamplesEvaluatorBuilder, held_out_prompts
+from cookbook.eval.samples import MAX_REPEATED, SamplesEvaluatorBuilder, held_out_prompts
 from cookbook.jobs import jobs
 from cookbook.supervised import notify
 from cookbook.supervised.batches import BEGINNING, PlacedBatch
@@ -145,9 +144,8 @@ def test_a_held_out_prompt_is_sampled_from_once(tmp_path: Path) -> None:
     assert sorted(prompt.text for prompt in held_out_prompts(train_data, renderer)) == ["Hi", "Who are you?"]
 
 
-def test_other_prompts_are_not_looked_for_in_all_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_prompts_are_not_looked_for_in_all_of_the_data() -> None:
     """Texts for continued pre-training all begin alike."""
-    monkeypatch.setattr(samples, "MAX_REPEATED", 3)
     tokenizer = models.get_tokenizer(embedded.MODEL_NAME)
     renderer = get_renderer("chat_template", tokenizer)
     text = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [1.0, 1.0]})
@@ -156,12 +154,12 @@ def test_other_prompts_are_not_looked_for_in_all_of_the_data(monkeypatch: pytest
         num_read = 0
 
         def iter_batches(self) -> Iterator[list[Datum]]:
-            for self.num_read in range(1, 101):
+            for self.num_read in range(1, 10_001):
                 yield [text]
 
     data = Alike()
     assert len(held_out_prompts(data, renderer)) == 1  # type: ignore[arg-type]
-    assert data.num_read == 1 + 3
+    assert data.num_read == 1 + MAX_REPEATED
 
 
 @pytest.mark.parametrize(
