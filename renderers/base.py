@@ -190,14 +190,16 @@ class Renderer(ABC):
                 if train_on_what == TrainOnWhat.ALL_TOKENS:
                     return [self._example(rendering, *self._all_spans(rendering, prepared))]
                 return [self._example(rendering, rendering.spans, weights)]
-            turns = [index for index in weights if plain[index]["role"] == "assistant"]
+            assistants = [index for index in weights if plain[index]["role"] == "assistant"]
+            turns = [*assistants]
             if max(weights) > turns[-1]:
                 turns.append(len(plain) - 1)
             examples: list[Example] = []
             lines = ExampleLines()
             for previous, turn in zip([-1, *turns], turns, strict=False):
                 new = {index: weight for index, weight in weights.items() if previous < index <= turn}
-                part = self._render(plain[: turn + 1], new, prepared.tools)
+                is_all = turn == len(plain) - 1 == assistants[-1] and rendering.spans.keys() >= new.keys()
+                part = rendering if is_all else self._render(plain[: turn + 1], new, prepared.tools)
                 examples.append(self._example(part, part.spans, new, lines))
             return examples
         except RendererError as error:

@@ -14,7 +14,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
-from itertools import compress, count, groupby, pairwise, repeat
+from itertools import groupby, pairwise, repeat
 from operator import itemgetter
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,16 +46,13 @@ _NAMED_FOR_THE_USER = ("sep_token", "cls_token", "mask_token")
 """Names in transformers for tokens that a chat model uses only if its template does."""
 
 
-_NO_IDS = np.zeros(0, TOKEN_DTYPE)
-
-
 class _Found(NamedTuple):
     """An encoded text, or the end of one."""
 
     ids: list[int]
     controls: list[Control]
     tokens: Tokens
-    """Where tokens begin; its `ids` are to be filled in."""
+    """The tokens of that text, or of its end."""
 
 
 class _RepeatedPart(NamedTuple):
@@ -124,6 +121,9 @@ class Encoder:
         self._escapes = {text: f"{ESCAPE}{index};" for index, text in enumerate(controls)}
         self.ids = {token.content: index for index, token in added.items()}
         self._control_ids = frozenset(self.ids[text] for text in controls)
+        self._is_control = np.zeros(max(self._control_ids, default=0) + 2, bool)
+        """By id. The last entry, False, is for all higher ids."""
+        self._is_control[[*self._control_ids]] = True
         self.control = any_of(controls)
         self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
@@ -223,13 +223,16 @@ class Encoder:
         ids, controls, tokens = found or self._encode_apart(text, cuts, start, place)
         if is_first:
             self._latest = before = before.first(num)
+            if place:
+                tokens.ids = np.array(before.ids + ids, TOKEN_DTYPE)
         else:
-            tokens.num_shared = place + length_of_common_start(before.ids[place:], ids)
+            num_alike = length_of_common_start(before.ids[place:], ids)
+            tokens.num_shared = place + num_alike
+            tokens.ids = tokens.ids[num_alike:].copy()
             before.go_back(num)
         before.text, before.cuts, before.apart_from = text, cuts, apart_from
         before.ids += ids
         before.controls += controls
-        tokens.ids = np.array(before.ids[tokens.num_shared :], TOKEN_DTYPE)
         if trail is not None and is_first:
             trail.continue_from(before)
         return tokens
@@ -287,7 +290,8 @@ class Encoder:
             repeated = None
         ids, starts, before = self._encode_parts(text, [begin, *borders], needs_offsets, repeated)
         known = {first: place + number for first, number in before.items()}
-        places = list(compress(count(), map(self._control_ids.__contains__, ids)))
+        ids_T = np.array(ids, TOKEN_DTYPE)
+        places = np.flatnonzero(self._is_control.take(ids_T, mode="clip")).tolist()
         if [ids[at] for at in places] != spelled:
             return None, len(text)
         known.update(zip(edges, [place + edge for at in places for edge in (at, at + 1)], strict=True))
@@ -306,7 +310,7 @@ class Encoder:
         controls = [
             (start, end, place + at) for start, end, at in zip(edges[::2], edges[1::2], places, strict=True)
         ]
-        return _Found(ids, controls, Tokens(_NO_IDS, starts, known, num_before=place)), -1
+        return _Found(ids, controls, Tokens(ids_T, starts, known, num_before=place)), -1
 
     def _encode_parts(
         self, text: str, firsts: list[int], needs_offsets: bool, repeated: _RepeatedPart | None
@@ -389,7 +393,7 @@ class Encoder:
             ids += found
             starts += [start + position for position in positions]
         controls = [(*match.span(), known[match.start()]) for match in matches]
-        return _Found(ids, controls, Tokens(_NO_IDS, starts, num_before=place))
+        return _Found(ids, controls, Tokens(np.array(ids, TOKEN_DTYPE), starts, num_before=place))
 
     def _stretch(self, text: str, cuts: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
         """Returns the ids of a text that the copy encodes at once, and the position where each begins."""

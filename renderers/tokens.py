@@ -92,11 +92,16 @@ _start, _end = itemgetter(0), itemgetter(1)
 
 def length_of_common_start(one: Text, other: Text) -> int:
     """Returns how many first characters or ids two texts have in common."""
-    least, step, most = 0, 64, min(len(one), len(other))
-    while least < most and step:
-        end = min(least + step, most)
-        if one[least:end] == other[least:end]:
-            least, step = end, step * 2
+    least, most = 0, min(len(one), len(other))
+    end = min(64, most)
+    while one[least:end] == other[least:end]:
+        if end == most:
+            return most
+        least, end = end, min(4 * end, most)
+    while end - least > 1:
+        middle = (least + end) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
         else:
-            most, step = end - 1, (end - least) // 2
+            end = middle
     return least

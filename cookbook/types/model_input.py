@@ -25,7 +25,8 @@ class EncodedTextChunk(Value):
     def __init__(
         self, tokens: Sequence[int] | np.ndarray, type: Literal["encoded_text"] = "encoded_text"
     ) -> None:
-        self._tokens_T = TensorData(tokens, "int64")._array
+        is_whole = isinstance(tokens, np.ndarray) and tokens.dtype.kind in "iu"
+        self._tokens_T = np.array(tokens, np.int64) if is_whole else TensorData(tokens, "int64")._array
         self._tokens_T.setflags(write=False)
         self.type = type
         if self._tokens_T.ndim != 1:
@@ -109,6 +110,7 @@ _CHUNKS: dict[str, type[ModelInputChunk]] = {
     "image_asset_pointer": ImageAssetPointerChunk,
     "dmel": DmelChunk,
 }
+_KINDS_OF_CHUNKS = tuple(_CHUNKS.values())
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class ModelInput(Value):
                 if kind not in _CHUNKS:
                     raise RequestError(f"Unknown type of chunk {kind!r}. There are: {', '.join(_CHUNKS)}.")
                 given[number] = _CHUNKS[kind].model_validate(chunk)
-            elif not isinstance(chunk, tuple(_CHUNKS.values())):
+            elif not isinstance(chunk, _KINDS_OF_CHUNKS):
                 raise RequestError(
                     f"{chunk!r} is not a chunk of a ModelInput. Use EncodedTextChunk(tokens=[...])."
                 )

@@ -96,8 +96,8 @@ class Chat:
         """Returns a chat of the first messages that shares the kept texts."""
         if num_messages == len(self.messages):
             return self
-        beginning = copy(self)
-        beginning.messages = self.messages[:num_messages]
+        beginning = Chat.__new__(Chat)  # quicker than `copy`, and there is one for each message
+        vars(beginning).update(vars(self), messages=self.messages[:num_messages])
         return beginning
 
     def changed(self, change: Callable[[Any], Any]) -> Chat:

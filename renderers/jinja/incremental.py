@@ -217,6 +217,6 @@ def _sandbox(source: str) -> _TracingSandbox:
     sandbox.filters |= {f"{TRACE}{name}": found for name, found in _FILTERS.items()}
     sandbox.tests = {name: _guarded(name, found) for name, found in sandbox.tests.items()}
     sandbox.tests["sameas"] = _is_same_constant
-    kind = sandbox.globals["namespace"]
-    sandbox.globals = {**sandbox.globals, "namespace": traced_namespace(kind)}
+    sandbox.namespace = traced_namespace(sandbox.namespace)
+    sandbox.globals = {**sandbox.globals, "namespace": sandbox.namespace}
     return sandbox

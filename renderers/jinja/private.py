@@ -18,6 +18,7 @@ from jinja2.sandbox import SandboxedFormatter
 from jinja2.utils import Namespace, generate_lorem_ipsum
 
 __all__ = [
+    "PASSED_TO_CALLS",
     "CountingCodeGenerator",
     "Frame",
     "LoopContext",
@@ -31,6 +32,9 @@ __all__ = [
     "set_loop_context",
     "template_of",
 ]
+
+PASSED_TO_CALLS = frozenset(("_loop_vars", "_block_vars"))
+"""The arguments that compiled code adds to every call within a loop or a block."""
 
 
 def attributes_of(namespace: Namespace) -> Any:
@@ -78,6 +82,8 @@ def _may_escape(frame: Frame) -> bool:
 _TERMS = 6
 """The number of terms whose sum is counted after it is computed. It is at most that many times as large as
 what was already counted."""
+
+_METHODS = frozenset((*dir(dict), *dir(str)))
 
 
 class CountingCodeGenerator(CodeGenerator):
@@ -152,6 +158,15 @@ class CountingCodeGenerator(CodeGenerator):
         self.write("context.nested(")
         visit(node, frame)
         self.write(")")
+
+    def visit_Getattr(self, node: nodes.Getattr, frame: Frame) -> None:
+        if node.attr in _METHODS:
+            super().visit_Getattr(node, frame)
+            return
+        # Most are entries of a message, which are safe, and a call for each would cost more than reading it.
+        self.write(f"(found[{node.attr!r}] if type(found := (")
+        self.visit(node.node, frame)
+        self.write(f")) is dict and {node.attr!r} in found else environment.getattr(found, {node.attr!r}))")
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
         self._nested(super().visit_List, node, frame)

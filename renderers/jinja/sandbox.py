@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +13,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cookbook.errors import RendererError
 from renderers.jinja import call_limits, template_limits
 from renderers.jinja.private import (
+    PASSED_TO_CALLS,
     CountingCodeGenerator,
     LoopContext,
     Namespace,
+    attributes_of,
     environment_of_transformers,
 )
 from renderers.jinja.template_limits import LIMITS, Limits
@@ -25,13 +28,22 @@ _NAMES_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith((
 _NAMES_OF_LOOPS = frozenset(
     {"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"}
 )
+_PLAIN = frozenset((str, int, bool))
+_Method: Any = type("".strip)
+_COSTS_OF_METHODS = {
+    **dict.fromkeys(("startswith", "endswith"), 0),
+    **dict.fromkeys(("strip", "lstrip", "rstrip"), 1),
+    "split": call_limits.ITEM,
+}
+"""The most characters of a result for each character of the string, by method."""
 
 
 class QuickSandbox(ImmutableSandboxedEnvironment):
     """A sandbox with shortcuts for attributes that are safe by their types, and limits on the costs of a run.
 
     Safe are entries of a dict, the attributes of strings and loops listed above, and plain values that the
-    template itself put into a namespace. The limits are in `template_limits`.
+    template itself put into a namespace. A method that templates often call is called directly. The limits
+    are in `template_limits`.
     """
 
     code_generator_class = CountingCodeGenerator
@@ -39,10 +51,21 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
     concat = staticmethod(template_limits.concat)
     source: str
     limits: Limits
+    namespace: Callable[..., Any]
+    """What a template makes a namespace with."""
     num_timeouts: int
     """The number of runs that exceeded the time limit."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(__obj) is _Method and type(__obj.__self__) is str and kwargs.keys() <= PASSED_TO_CALLS:
+            cost = _COSTS_OF_METHODS.get(__obj.__name__)
+            if cost is not None and all(type(one) is str for one in args):
+                template_limits.spend(cost * len(__obj.__self__))
+                return __obj(*args)
+        if __obj is __self.namespace:
+            for name in PASSED_TO_CALLS:
+                kwargs.pop(name, None)
+            return __self.namespace(*args, **kwargs)
         args = call_limits.checked_arguments(__obj, args, kwargs)
         made = super().call(__context, __obj, *args, **kwargs)
         return template_limits.counted(made) if type(made) is dict else made
@@ -59,9 +82,9 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
             kind is str and attribute in _NAMES_OF_STRINGS
         ):
             return getattr(obj, attribute)
-        elif isinstance(obj, Namespace) and not attribute.startswith("_"):
-            value = getattr(obj, attribute, None)
-            if type(value) in (str, int, bool):
+        elif issubclass(kind, Namespace) and not attribute.startswith("_"):
+            attributes = attributes_of(obj)
+            if attribute in attributes and type(value := attributes[attribute]) in _PLAIN:
                 return value
         return super().getattr(obj, attribute)
 
@@ -80,6 +103,7 @@ def sandbox_like_theirs(source: str, kind: type[QuickSandbox], limits: Limits = 
         name: call_limits.limited_filter(name, found) for name, found in theirs.filters.items()
     }
     sandbox.globals = {**theirs.globals, "strftime_now": TODAY.strftime}
+    sandbox.namespace = theirs.globals["namespace"]  # type: ignore[assignment]
     sandbox.extensions = {name: extension.bind(sandbox) for name, extension in theirs.extensions.items()}
     return sandbox
 

@@ -59,6 +59,8 @@ LARGE = {
     "format again and again": "{{ ('{0}' * 10**5).format('x' * 10**5) }}",
     "replace": "{{ ('a' * 10**6)|replace('a', 'b' * 10**6) }}",
     "the method replace": "{{ ('a' * 10**6).replace('', 'b' * 10**6) }}",
+    "split again and again": "{% set x = 'a ' * 10**6 %}{% for i in range(99) %}{% set y = x.split(' ') %}{% endfor %}",
+    "strip again and again": "{% set x = 'a' * 10**6 %}{% for i in range(999) %}{% set y = x.strip('b') %}{% endfor %}",
     "translate": "{{ ('a' * 10**6).translate({97: 'b' * 10**6}) }}",
     "tabs": "{{ ('\\t' * 10**6).expandtabs(10**6) }}",
     "bytes of a number": "{{ (5).to_bytes(byteorder='big', length=10**10)|length }}",
