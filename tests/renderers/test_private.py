@@ -102,7 +102,8 @@ def test_the_attributes_of_a_namespace_can_be_read_and_replaced() -> None:
 
 
 def test_compiled_code_has_the_names_that_are_used_here() -> None:
-    source = "{% block b %}{{ f(1) }}{% for m in ms %}{% set x = m %}{{ f(x) ~ loop.index }}{% endfor %}{% endblock %}"
+    loop = "{% for m in ms %}{% set x = m %}{{ f(x) ~ loop.index }}{% endfor %}"
+    source = f"{{% block b %}}{{{{ f(1) }}}}{loop}{{% endblock %}}"
     code = jinja2.Environment().compile(source, raw=True)
     for name in ["LoopContext", "str_join", "markup_join"]:
         assert name in code + " ".join(runtime.exported), complaint([f"compiled code has no {name}"])
