@@ -41,7 +41,8 @@ NO_KERNEL = {
 
 _PRODUCTS: dict[str, int] = {
     "mm": 2, "bmm": 2, "mv": 2, "dot": 2, "addmm": 3, "addmm_": 3, "baddbmm": 3, "baddbmm_": 3, "addmv": 3,
-    "addbmm": 3, "_addmm_activation": 3, "_grouped_mm": 2, "_scaled_dot_product_flash_attention": 3,
+    "_scaled_mm": 2, "addbmm": 3, "_addmm_activation": 3, "_grouped_mm": 2,
+    "_scaled_dot_product_flash_attention": 3,
     "_scaled_dot_product_efficient_attention": 4, "_scaled_dot_product_cudnn_attention": 4,
     "_scaled_dot_product_flash_attention_backward": 5, "_scaled_dot_product_efficient_attention_backward": 5,
     "_varlen_attn": 3, "_varlen_attn_backward": 5, "convolution": 3, "convolution_backward": 3,
@@ -110,6 +111,8 @@ class FakeCuda(TorchDispatchMode):
         self._records: list[Recording] = []
         self._pinned = WeakIdKeyDictionary()
         self.is_there = True
+        self.is_capturing = False
+        """Whether kernels are recorded for a graph, in which case they do not run."""
 
     def __enter__(self) -> FakeCuda:
         runtime.replace(self)
@@ -147,6 +150,10 @@ class FakeCuda(TorchDispatchMode):
         place = calling_function()
         for record in self._records:
             record.waits[place, how] += 1
+        if self.is_capturing:
+            raise RuntimeError(
+                f"CUDA error: operation not permitted when stream is capturing ({how}, {place})"
+            )
         return place
 
     def pin(self, tensor: Tensor) -> Tensor:
@@ -187,7 +194,13 @@ class FakeCuda(TorchDispatchMode):
             self._launched(name, (*args, kwargs), out)
         return out
 
+    def launch_graph(self) -> None:
+        """Counts the launch of a graph."""
+        self._launched("graph", (), None)
+
     def _launched(self, name: str, inputs: tuple[Any, ...], out: Any) -> None:
+        if self.is_capturing:
+            return
         doubles = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float64]
         for record in self._records:
             record.num_launches += 1

@@ -51,6 +51,7 @@ class Outline(BaseModel):
         self.has_plain_head = self.is_packed = True
         self.model.set_attn_implementation(attention.NAME)
         self.make_decoder, self.decodes_packed = PackedDecoder, True
+        self.is_captured = False  # each kernel is counted
 
 
 def outline(config: Any, checkpointing: Any = "off") -> Outline:

@@ -21,6 +21,10 @@ class AskedDevice(Protocol):
     """What is asked of the fake device."""
 
     is_there: bool
+    is_capturing: bool
+
+    def launch_graph(self) -> None:
+        """Counts the launch of a graph."""
 
     def waited(self, how: str) -> str:
         """Records that the host waits."""
@@ -93,6 +97,16 @@ def _functions(device: AskedDevice) -> dict[str, Any]:
         def elapsed_time(self, other: Any) -> float:
             return 1.0
 
+    class CUDAGraph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            device.is_capturing = True
+
+        def capture_end(self) -> None:
+            device.is_capturing = False
+
+        def replay(self) -> None:
+            device.launch_graph()
+
     properties = types.SimpleNamespace(
         name="a fake H200", total_memory=TOTAL_MEMORY, major=9, minor=0, multi_processor_count=132
     )
@@ -105,6 +119,8 @@ def _functions(device: AskedDevice) -> dict[str, Any]:
         "set_device": lambda device: None,
         "Stream": Stream,
         "Event": Event,
+        "CUDAGraph": CUDAGraph,
+        "graph_pool_handle": object,
         "current_stream": lambda device=None: Stream(),
         "default_stream": lambda device=None: Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
@@ -113,7 +129,7 @@ def _functions(device: AskedDevice) -> dict[str, Any]:
         "set_rng_state": lambda state, device=None: None,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: device.is_capturing,
         "is_bf16_supported": lambda *_, **__: True,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),

@@ -55,8 +55,9 @@ class ServiceClient:
     backward pass: "auto" (if their activations would not fit otherwise), "on", "off" or "offload" (on,
     with the inputs of layers in host memory).
     `quantization="nf4"` holds the frozen linear layers in 4 bits (QLoRA; `pip install
-    'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers. `deterministic` makes this process
-    compute the same bits each time on CUDA too. `optimizer_bits=8` holds the moments of AdamW in 8 bits.
+    'sft-cookbook[qlora]'`), and "fp8" in 8 bits. `compile` compiles the decoder's layers. `deterministic`
+    makes this process compute the same bits each time on CUDA too. `optimizer_bits=8` holds the moments of
+    AdamW in 8 bits.
 
     In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
     with all of the data. Every call then computes a part on each process and returns the same result on all.

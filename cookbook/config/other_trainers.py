@@ -20,7 +20,7 @@ _PACKED = "Sequences always share rows without seeing each other. Remove it"
 _PRECISION = "`dtype` is the base model's: auto takes bfloat16 on CUDA and float32 on the CPU"
 _TF32 = "How float32 products are computed is not changed here. Remove it"
 _QLORA = "`quantization=nf4` holds the base model in 4 bits"
-_NO_8BIT = "8-bit weights are not supported. `quantization=nf4` holds them in 4 bits"
+_8BIT = "`quantization=fp8` holds the base model in 8 bits (float8), `quantization=nf4` in 4 bits"
 _NF4 = "`quantization=nf4` has its settings fixed: nf4 with double quantization. Remove it"
 _ATTENTION = "Attention over packed sequences is chosen by the device. Remove it"
 _KERNELS = "Losses are computed without holding all logits; no kernel is chosen by a key. Remove it"
@@ -138,7 +138,7 @@ ANSWERS: Mapping[str, str] = {
     "half_precision_backend": _PRECISION,
     "upcast_layernorm": _PRECISION,
     "upcast_lmhead_output": _PRECISION,
-    "fp8": "`dtype` is of the base model; training in 8 bits is not supported",
+    "fp8": "`quantization=fp8` holds the base model in 8 bits, and multiplies in them where the device does",
     "tf32": _TF32,
     "load_in_4bit": _QLORA,
     "quantization_bit": _QLORA,
@@ -149,7 +149,7 @@ ANSWERS: Mapping[str, str] = {
     "bnb_4bit_use_double_quant": _NF4,
     "use_bnb_nested_quant": _NF4,
     "double_quantization": _NF4,
-    "load_in_8bit": _NO_8BIT,
+    "load_in_8bit": _8BIT,
     "load_in_16bit": _PRECISION,
     "attn_implementation": _ATTENTION,
     "flash_attention": _ATTENTION,

@@ -100,6 +100,11 @@ def has_varlen_attention(device: torch.device) -> bool:
     return device.type == "cuda" and has_bfloat16(device)
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Returns whether kernels can be captured as graphs on the device."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def use_flash_attention_3(device: torch.device) -> None:
     """Makes FlashAttention 3 the attention of this process, on a device of Hopper if it is installed."""
     if torch.cuda.get_device_capability(device)[0] != 9:

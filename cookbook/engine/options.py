@@ -11,7 +11,7 @@ from cookbook.errors import ConfigError
 from cookbook.utils import extras
 
 GradientCheckpointing = Literal["auto", "on", "off", "offload"]
-Quantization = Literal["nf4"]
+Quantization = Literal["nf4", "fp8"]
 Shard = Literal["auto", "none", "full"]
 OptimizerBits = Literal[32, 8]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,7 +35,8 @@ class EngineOptions:
     the layers in host memory if not even those would fit. "offload": do both always (on a CPU as "on").
     Long MLPs of checkpointed layers run in tiles of tokens."""
     quantization: Quantization | None = None
-    """"nf4": hold the frozen linear layers in 4 bits, and compute in `dtype`."""
+    """"nf4": hold the frozen linear layers in 4 bits, and compute in `dtype`. "fp8": hold them in 8 bits, and
+    compute the forward products of linear layers in 8 bits on CUDA devices that do so."""
     compile: bool = False
     """Compile the decoder's layers. The first steps take a minute longer, later ones run fewer kernels."""
 
@@ -60,8 +61,8 @@ class EngineOptions:
             raise ConfigError(f"shard={self.shard!r} is not known. Use {', '.join(get_args(Shard))}.")
         if self.shard == "full" and self.quantization is not None:
             raise ConfigError(
-                f"quantization={self.quantization} is not supported with shard=full: weights in 4 bits "
-                f"are not sharded. Remove one of the two."
+                f"quantization={self.quantization} is not supported with shard=full: quantised "
+                f"weights are not sharded. Remove one of the two."
             )
         if self.optimizer_bits not in get_args(OptimizerBits):
             raise ConfigError(f"optimizer_bits={self.optimizer_bits!r} is not supported. Use 32 or 8.")
@@ -89,7 +90,8 @@ class EngineOptions:
                 f"quantization={self.quantization!r} is not known. Use "
                 f"{', '.join(get_args(Quantization))}, or remove it for weights in dtype={self.dtype}."
             )
-        extras.require("bitsandbytes", f"quantization={self.quantization}", extra="qlora")
+        if self.quantization == "nf4":
+            extras.require("bitsandbytes", "quantization=nf4", extra="qlora")
 
 
 def check_device(device: str) -> None:

@@ -241,11 +241,11 @@ def _write_gguf_adapter(export: Export) -> str:
 
 
 def _quantization_note(source: TrainedModel) -> list[str]:
-    if not source.trained_in_4_bits:
+    if source.base_bits is None:
         return []
     return [
-        "Trained on a base in 4 bits, merged into the weights that it was quantized from: its "
-        "probabilities are close to those it was trained with, not equal."
+        f"Trained on a base in {source.base_bits} bits, merged into the weights that it was quantized from: "
+        "its probabilities are close to those it was trained with, not equal."
     ]
 
 

@@ -165,10 +165,11 @@ def _introduction(source: TrainedModel, usage: Usage) -> str:
         else ""
     )
     quantized = ""
-    if source.trained_in_4_bits and usage.library != "peft":
+    if source.base_bits is not None and usage.library != "peft":
         quantized = (
-            " It was trained on a base model in 4 bits; here its adapter is merged into the weights that "
-            "it was quantized from, so its probabilities are close to those it was trained with, not equal."
+            f" It was trained on a base model in {source.base_bits} bits; here its adapter is merged into "
+            "the weights that it was quantized from, so its probabilities are close to those it was trained "
+            "with, not equal."
         )
     return f"{usage.kind[0].upper()}{usage.kind[1:]}: {origin}, fine-tuned with {how}.{steps}{quantized}"
 

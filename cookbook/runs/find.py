@@ -54,8 +54,10 @@ class TrainedModel:
         return recorded_template_kwargs(self.info.user_metadata)
 
     @property
-    def trained_in_4_bits(self) -> bool:
-        return self.run is not None and self.run.config.get("quantization") is not None
+    def base_bits(self) -> int | None:
+        """The bits of a weight of the base that it was trained on; None if that was not quantised."""
+        quantization = None if self.run is None else self.run.config.get("quantization")
+        return {None: None, "fp8": 8}.get(quantization, 4)
 
 
 def recorded_template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -166,7 +166,9 @@ class Config:
         "with the inputs of layers in host memory, which auto does for sequences that do not fit otherwise)",
     )
     quantization: Quantization | None = _field(
-        default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"
+        default=None,
+        doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora); fp8: in 8 bits, "
+        "with forward products in 8 bits on CUDA devices that have them",
     )
     compile: bool = _field(default=False, doc="compile the layers: slow first steps, then fewer kernels")
     shard: Shard = _field(

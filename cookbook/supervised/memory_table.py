@@ -70,6 +70,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 METHODS: Mapping[str, tuple[int, str | None, OptimizerBits]] = {
     "LoRA": (32, None, 32),
+    "fp8": (32, "fp8", 32),
     "nf4": (32, "nf4", 32),
     "full": (0, None, 32),
     "full, 8 bits": (0, None, 8),

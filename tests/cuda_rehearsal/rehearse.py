@@ -36,7 +36,8 @@ from waits import ANSWERS  # noqa: E402
 
 from benchmarks.fake_cuda.device import FakeCuda, Recording  # noqa: E402
 from cookbook.engine.model.base_model import BaseModel  # noqa: E402
-from cookbook.engine.options import EngineOptions, OptimizerBits  # noqa: E402
+from cookbook.engine.options import EngineOptions, OptimizerBits, Quantization  # noqa: E402
+from cookbook.engine.sampling import decode_graphs  # noqa: E402
 from cookbook.engine.sampling.decoder_probe import make_decoder  # noqa: E402
 from cookbook.engine.sampling.requests import ScoreRequest, sample_request  # noqa: E402
 from cookbook.engine.sampling.sampler import Sampler  # noqa: E402
@@ -83,6 +84,13 @@ class Rehearsal:
         yield "train all weights", lambda: self.train(rank=0)
         yield "train all weights with moments in 8 bits", lambda: self.train(rank=0, optimizer_bits=8)
         yield "save, load and export all weights", lambda: self.save_and_load(rank=0)
+        yield "load in 8 bits", self.load_in_8_bits
+        yield "train over weights in 8 bits", lambda: self.train(rank=4)
+        yield "sample with weights in 8 bits", self.sample
+
+    def load_in_8_bits(self) -> None:
+        """Takes a model whose frozen weights are in 8 bits for what follows."""
+        self.base = self._load("fp8")
 
     def sample(self) -> Recording:
         """Samples with and without limits on the tokens, and scores a text."""
@@ -91,7 +99,7 @@ class Rehearsal:
         base.make_decoder, base.decodes_packed = decoder, self._truth.decodes_packed
         base.cache_bytes, base.reuses_prompts = self._truth.cache_bytes, self._truth.reuses_prompts
         params = [
-            SamplingParams(max_tokens=4, seed=0, stop=[]),
+            SamplingParams(max_tokens=8, seed=0, stop=[]),
             SamplingParams(max_tokens=3, seed=1, stop=[], temperature=0.7, top_p=0.9, top_k=20),
             SamplingParams(max_tokens=2, stop=[], temperature=0.0),
         ]
@@ -110,7 +118,12 @@ class Rehearsal:
             for request in requests:
                 request.future.result(timeout=0)
 
-        return self._record(work)
+        record = self._record(work)
+        graphs = base.decode_graphs
+        is_captured = graphs is not None and graphs.num_replays > 0
+        if base.decodes_packed and decode_graphs.why_not(base) is None and not is_captured:
+            raise AssertionError("its passes that decode were not captured and replayed")
+        return record
 
     def save_and_load(self, rank: int) -> Recording:
         """Saves a state with its optimizer, loads it again, and merges what was saved on the CPU."""
@@ -181,12 +194,17 @@ class Rehearsal:
             work()
         return record
 
-    def _load(self) -> BaseModel:
+    def _load(self, quantization: Quantization | None = None) -> BaseModel:
         """Returns the model on the device.
 
         Its trial there compares numbers that do not exist, so the result of the trial on the CPU is used.
         """
-        options = EngineOptions(device="cuda", max_tokens_per_microbatch=1024, gradient_checkpointing="off")
+        options = EngineOptions(
+            device="cuda",
+            max_tokens_per_microbatch=1024,
+            gradient_checkpointing="off",
+            quantization=quantization,
+        )
         base = BaseModel(self._published, options)
         if self._truth.is_packed and not base.is_packed:
             raise AssertionError("it is not packed on the device, because a pass of its trial failed there")

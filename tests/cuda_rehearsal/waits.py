@@ -16,6 +16,8 @@ _MODEL = "cookbook/engine/model/"
 WAITS: Mapping[str, str] = {
     f"{_SAMPLING}decoders.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
     f"{_SAMPLING}decoders.py:PackedDecoder._prefill": "places are copied, log-probabilities are an answer",
+    f"{_SAMPLING}decode_graphs.py:DecodeGraphs.hidden_of": "nothing runs when a capture begins: once a size",
+    f"{_SAMPLING}decode_graphs.py:_check_equal": "what was captured is compared: once a size",
     f"{_SAMPLING}sampler.py:_RunningBatch._draw": "a token may end its sequence: once a token for all",
     f"{_SAMPLING}sampler.py:_RunningBatch._score": "scores of whole texts are answers: once a pass",
     f"{_TRAINING}state_checks.py:check_finite": "a checkpoint with nan is refused: one read",

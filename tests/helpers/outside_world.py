@@ -7,21 +7,25 @@ import datetime
 import importlib
 import importlib.machinery
 import io
+import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.utils import chat_template_utils
 
+from cookbook.engine import devices
 from cookbook.utils import pretrained
 
 
@@ -339,3 +343,103 @@ def run_varlen_attention_on_the_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops, "torch_attn", kernels)
         yield
+
+
+class RecordedGraph:
+    """Stands for `torch.cuda.CUDAGraph` on a CPU: replays what ran between its begin and its end.
+
+    As on a device, what is captured is not computed: its results are nan, or 0 for integers, until a replay.
+    The replay writes them to the same memory. Reading a value is refused. Tensors that were made before the
+    capture are filled with nan or 0 when it ends, unless `kept` has them: a captured pass must not read what
+    a later one has anew.
+    """
+
+    kept: ClassVar[Callable[[], Iterable[torch.Tensor]]] = staticmethod(lambda: ())
+    made: ClassVar[set[int]] = set()
+    """The memory of the results of all captures, which later ones may read."""
+    alive: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self) -> None:
+        self._operators: list[tuple[Any, Any, Any, Any]] = []
+        self._read: dict[int, torch.Tensor] = {}
+        self._recorder = _GraphRecorder(self)
+
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+        self._recorder.__enter__()
+
+    def capture_end(self) -> None:
+        self._recorder.__exit__(None, None, None)
+        kept = {_memory_of(tensor) for tensor in self.kept()}
+        for memory, tensor in self._read.items():
+            if memory not in kept:
+                _spoil(tensor)
+
+    def record(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _READS_OF_VALUES:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({func})")
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        memory = {_memory_of(tensor) for tensor in inputs}
+        self._read |= {_memory_of(each): each for each in inputs if _memory_of(each) not in self.made}
+        out = func(*args, **kwargs)
+        new = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        is_view = not func._schema.is_mutable and all(_memory_of(tensor) in memory for tensor in new)
+        if not is_view:
+            self._operators.append((func, args, kwargs, out))
+        for tensor in new:
+            if _memory_of(tensor) not in memory:
+                self.made.add(_memory_of(tensor))
+                self.alive.append(tensor)
+                _spoil(tensor)
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self._operators:
+            found = func(*args, **kwargs)
+            if not func._schema.is_mutable:
+                for to, value in zip(tree_leaves(out), tree_leaves(found), strict=True):
+                    if isinstance(to, torch.Tensor):
+                        to.copy_(value)
+
+
+_READS_OF_VALUES = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.bincount.default,
+}
+
+
+class _GraphRecorder(TorchDispatchMode):
+    def __init__(self, graph: RecordedGraph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._graph.record(func, args, kwargs or {})
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _spoil(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+
+
+def replace_cuda_graphs(patch: pytest.MonkeyPatch, kept: Callable[[], Iterable[torch.Tensor]]) -> None:
+    """Gives a CPU graphs of CUDA, which may read the tensors of `kept` and those that they copy to."""
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None: ...
+
+        def wait_stream(self, stream: Any) -> None: ...
+
+    patch.setattr(devices, "has_graphs", lambda device: True)
+    patch.setattr(RecordedGraph, "kept", staticmethod(kept))
+    patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    patch.setattr(torch.cuda, "graph_pool_handle", object)
+    patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "current_stream", Stream)
+    patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "synchronize", lambda device=None: None)

@@ -223,16 +223,17 @@ def test_an_adapter_is_exported_for_a_model_of_ollamas_library(
 
 
 @pytest.mark.slow
-def test_a_run_in_4_bits_reports_what_it_is_merged_into(
-    exporting: Exporting, run: Path, tmp_path: Path
+@pytest.mark.parametrize(("quantization", "bits"), [("nf4", 4), ("fp8", 8)])
+def test_a_run_on_quantized_weights_reports_what_it_is_merged_into(
+    exporting: Exporting, run: Path, tmp_path: Path, quantization: str, bits: int
 ) -> None:
-    copy = tmp_path / "nf4"
+    copy = tmp_path / quantization
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-    (copy / "config.json").write_text(json.dumps({**config, "quantization": "nf4"}), encoding="utf-8")
-    printed = " ".join(exporting("checkpoint=nf4", "to=out", "format=merged").split())
-    assert "Trained on a base in 4 bits" in printed
-    assert "trained on a base model in 4 bits" in Path("out/README.md").read_text(encoding="utf-8")
+    (copy / "config.json").write_text(json.dumps({**config, "quantization": quantization}), encoding="utf-8")
+    printed = " ".join(exporting(f"checkpoint={quantization}", "to=out", "format=merged").split())
+    assert f"Trained on a base in {bits} bits" in printed
+    assert f"trained on a base model in {bits} bits" in Path("out/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.cases(1)

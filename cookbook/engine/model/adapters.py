@@ -63,6 +63,8 @@ class Adapters:
         self._model_name = model_name
         self._peft: Any = None
         self._active: str | None = None
+        self.in_use: str | None = None
+        """The name of the adapter that runs now, or None if none does. No two adapters have one name."""
         self._numbers = itertools.count()
         self.targets = find_targets(model)
         """What the model has to put an adapter on."""
@@ -241,9 +243,13 @@ class Adapters:
             self._activate(adapter.name)
         elif self._peft is not None:
             context = self._peft.disable_adapter()
-        with context:
-            yield
-            fsdp.reshard(self._model)
+        before, self.in_use = self.in_use, None if adapter is None else adapter.name
+        try:
+            with context:
+                yield
+                fsdp.reshard(self._model)
+        finally:
+            self.in_use = before
 
     def _activate(self, adapter_name: str) -> None:
         if self._active != adapter_name:

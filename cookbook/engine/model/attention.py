@@ -6,7 +6,8 @@ query heads that share one key head, C capacity in positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +62,9 @@ class AttentionLayout:
     tree: TreeLayout | None = None
     """What the segments see besides themselves, if the row has what several sequences share only once, or
     the cache has their beginnings."""
+    around: Callable[..., Tensor] | None = None
+    """What is called in a decode pass in the place of the attention: with the attention as a function of
+    queries, keys, values and the cache, and with these (`sampling.decode_graphs`)."""
 
 
 # The layout differs for every row, so a compiled layer would be recompiled for each row.
@@ -98,7 +102,10 @@ def packed_attention(
     qkv = query_BHTD, key_BHTD, value_BHTD
     if layout is not None and layout.cache is not None:
         if not layout.cache.is_prefill:
-            return _decode(module, *qkv, layout.cache, scaling, sliding_window, softcap, s_aux), None
+            attend = functools.partial(_decode, module, scaling, sliding_window, softcap, s_aux)
+            if layout.around is not None:
+                return layout.around(attend, *qkv, layout.cache), None
+            return attend(*qkv, layout.cache), None
         key_BHTD, value_BHTD = layout.cache.store(module, key_BHTD, value_BHTD)
         qkv = query_BHTD, key_BHTD, value_BHTD
     is_half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
@@ -159,14 +166,14 @@ def _by_segment(
 
 def _decode(
     module: torch.nn.Module,
-    query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
-    cache: Cache,
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
     s_aux: Tensor | None,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    cache: Cache,
 ) -> Tensor:
     """Returns attention of one new token per sequence over the cache, bucket by bucket: [B, T, H, D]."""
     num_heads = key_BHTD.shape[1]

@@ -53,6 +53,10 @@ class BaseModel(ModelPasses):
     differently, so the last bits of a sequence would depend on what it is batched with."""
     packed_weights: PackedWeights | None = None
     """Weights with which passes need no such padding."""
+    is_captured: bool | None = None
+    """Whether passes that decode are captured on CUDA; None until the model is first sampled from there."""
+    decode_graphs: Any = None
+    """The captured passes (`sampling.decode_graphs`)."""
 
     def __init__(
         self,
@@ -175,6 +179,8 @@ class BaseModel(ModelPasses):
         return sum(weight.nbytes for weight in on_device)
 
     def forget_prompts(self) -> None:
-        """Frees what samplers keep of prompts, whose memory a pass of training may need."""
+        """Frees what samplers keep, whose memory a pass of training may need."""
         for tree in self.prompt_trees:
             tree.clear()
+        if self.decode_graphs is not None:
+            self.decode_graphs.forget()

@@ -45,6 +45,8 @@ LENGTHS = (512, 1024)
 """The lengths at which activations are listed. Two of them show what grows quadratically."""
 BYTES_IN_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """The bytes of a weight in nf4, with a scale of 8 bits for 64 weights and one of 32 bits for 256 scales."""
+BYTES_OF_SCALE = 4
+"""The bytes of the scale of a row of weights in fp8, each of which takes one byte."""
 BYTES_OF_CUDA = 600 * 2**20
 """The bytes that are assumed for the CUDA context and the workspaces of its libraries. They depend on the
 driver."""
@@ -233,10 +235,13 @@ def _weight_bytes(
     num_weights = sum(weight.numel() for weight in own)
     if options.quantization is None:
         return num_weights * dtype.itemsize
-    in_4_bits = sum(
-        target.num_weights for target in table.targets.values() if target.group != "train_unembed"
-    )
-    return in_4_bits * BYTES_IN_4_BITS + (num_weights - in_4_bits) * dtype.itemsize
+    held = [target for target in table.targets.values() if target.group != "train_unembed"]
+    num_held = sum(target.num_weights for target in held)
+    if options.quantization == "fp8":
+        num_bytes: float = num_held + BYTES_OF_SCALE * sum(target.num_rows for target in held)
+    else:
+        num_bytes = num_held * BYTES_IN_4_BITS
+    return num_bytes + (num_weights - num_held) * dtype.itemsize
 
 
 def _num_active(model: Any, table: TargetTable) -> int:

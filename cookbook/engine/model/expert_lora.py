@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model import fp8
 from cookbook.engine.model.expert_forms import ExpertsForm, form_of, gated
 from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.stacked_4bit import Matrices, StackedIn4Bits
@@ -187,11 +188,13 @@ class Product:
         """The number of experts that the weight has. Some may be in no product."""
         return len(getattr(self.experts, self.name))
 
-    def weight(self, groups: Groups, is_backward: bool = False) -> Any:
-        """Returns the weights [E, I, O], or [E, O, I] for the backward pass."""
+    def weight(self, groups: Groups, dtype: torch.dtype, is_backward: bool = False) -> Any:
+        """Returns the weights [E, I, O], or [E, O, I] for the backward pass, to compute with in `dtype`."""
         stacked = getattr(self.experts, self.name)
         is_as_stored = self.form.is_transposed != is_backward
-        if isinstance(stacked, StackedIn4Bits):
+        if (in_fp8 := fp8.stack_of(self.experts, self.name, dtype)) is not None:
+            stacked = in_fp8.first(len(groups.ends_E)) if groups.sizes is None else in_fp8
+        if isinstance(stacked, StackedIn4Bits | fp8.StackInFp8):
             return Matrices(stacked, is_transposed=not is_as_stored)
         stacked = stacked[: len(groups.ends_E)]
         return stacked if is_as_stored else stacked.transpose(1, 2)
@@ -209,7 +212,7 @@ class Product:
         self, rows_SI: Tensor, groups: Groups, experts_S: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the result [S, O], and the low-rank rows [S, R] if there is a LoRA."""
-        out_SO = add_product(None, rows_SI, self.weight(groups), groups)
+        out_SO = add_product(None, rows_SI, self.weight(groups, rows_SI.dtype), groups)
         low_SR = None
         if self.lora is not None:
             inputs_ERI, outputs_ERO = self.factors(groups, rows_SI.dtype)
@@ -221,7 +224,7 @@ class Product:
 
     def backward(self, grad_SO: Tensor, groups: Groups) -> tuple[Tensor, Tensor | None]:
         """Returns the gradient of the rows [S, I], and that of the low-rank rows [S, R]."""
-        grad_SI = add_product(None, grad_SO, self.weight(groups, is_backward=True), groups)
+        grad_SI = add_product(None, grad_SO, self.weight(groups, grad_SO.dtype, is_backward=True), groups)
         if self.lora is None:
             return grad_SI, None
         inputs_ERI, outputs_ERO = self.factors(groups, grad_SO.dtype)
@@ -417,13 +420,18 @@ def _active_loras(layer: Any) -> dict[str, StackedLora]:
     return loras
 
 
-def run_in_4_bits(model: nn.Module) -> None:
-    """Makes experts in 4 bits compute here with no adapter on them too.
+def run_quantized(model: nn.Module) -> None:
+    """Makes experts in 4 or 8 bits compute here with no adapter on them too.
 
     Autograd would keep what their own forward pass dequantises.
     """
     for experts in model.modules():
-        if any(isinstance(weight, StackedIn4Bits) for weight in experts.parameters(recurse=False)):
+        weights = dict(experts.named_parameters(recurse=False))
+        if any(
+            isinstance(weight, StackedIn4Bits) or fp8.stack_of(experts, name) is not None
+            for name, weight in weights.items()
+            if weight.ndim == 3
+        ):
             experts.experts_form = form_of(experts)  # type: ignore[assignment]
             experts.forward = types.MethodType(_forward_without_lora, experts)
 

@@ -34,7 +34,7 @@ def load_model(
         model = models.load_from_hub_or_disk("weights", model_name, _load_all_weights, **options)
     if quantization is not None:
         quantized.check_quantized(model, model_name)
-        expert_lora.run_in_4_bits(model)
+        expert_lora.run_quantized(model)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
     text_part.move_to(model, device)
     return model.eval().requires_grad_(False)

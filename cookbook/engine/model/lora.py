@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model.dropout import KeyedDropout
+from cookbook.engine.model.fp8 import Fp8Linear
 from cookbook.engine.model.packed_weights import PackedLinear
 from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.quantization import weight_of
@@ -116,11 +117,11 @@ def _set_active_lora(layer: Any) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """Installs the fused forward on every LoRA of a linear layer in a PEFT model, also in 4 bits."""
+    """Installs the fused forward on every LoRA of a linear layer in a PEFT model, also in 4 or 8 bits."""
     from peft.import_utils import is_bnb_4bit_available
     from peft.tuners import lora
 
-    fused: set[tuple[type, type]] = {(lora.Linear, nn.Linear)}
+    fused: set[tuple[type, type]] = {(lora.Linear, nn.Linear), (lora.Linear, Fp8Linear)}
     if is_bnb_4bit_available():
         import bitsandbytes
 

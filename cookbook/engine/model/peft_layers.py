@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp, peft_targets
 from cookbook.engine.model.dropout import KeyedDropout
+from cookbook.engine.model.fp8 import Fp8Linear
 from cookbook.engine.model.peft_names import names_of_saved, own_layer_names
 from cookbook.engine.model.peft_settings import CONFIG_FILE
 from cookbook.engine.model.unembedding import LoraOnHead, TrainedRows
@@ -107,6 +108,11 @@ def check_supported(model: Any, model_name: str, lora: LoraConfig) -> None:
         raise ConfigError(
             f"use_dora=true on the projection to the vocabulary of {model_name} is not supported. {repair}"
         )
+    if explicit["use_dora"] and any(isinstance(module, Fp8Linear) for module in modules.values()):
+        raise ConfigError(
+            f"use_dora=true is not supported with quantization=fp8: PEFT reads the weights of {model_name} "
+            f"for it, and knows them in 4 bits alone. Use quantization=nf4, or none. {repair}"
+        )
     if explicit["use_dora"] and lora.dropout:
         raise ConfigError(f"lora_dropout={lora.dropout:g} is not supported for DoRA. Set lora_dropout=0.")
     num_rows = model.get_input_embeddings().weight.shape[0]
@@ -121,7 +127,7 @@ def check_supported(model: Any, model_name: str, lora: LoraConfig) -> None:
         weights = [*modules[name].parameters()] if name in modules else []
         if any(not weight.is_floating_point() for weight in weights):
             raise ConfigError(
-                f"The adapter trains all of {name} (modules_to_save), which is held in 4 bits here. Use "
+                f"The adapter trains all of {name} (modules_to_save), which is quantised here. Use "
                 f"quantization=None."
             )
 

@@ -1,4 +1,4 @@
-"""The quantizer with which transformers loads a model in 4 bits: linear layers and experts' stacked weights.
+"""The quantizers with which transformers loads a model in 4 or 8 bits: linear layers and stacked experts.
 
 Each weight is quantised as soon as it is on the device, so that no more than one is there unquantised.
 """
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from cookbook.engine.model import stacked_4bit
+from cookbook.engine.model import fp8, stacked_4bit
 from cookbook.engine.model.expert_forms import form_of
 from cookbook.engine.model.targets import find_targets, is_plain
 
 _METHOD = "bitsandbytes_4bit_with_experts"
+_FP8 = "float8_with_experts"
 _NOT_QUANTIZED = ("routers", "indexers", "layers read directly")
 
 
@@ -37,16 +40,10 @@ class LayersAndExperts(Bnb4BitHfQuantizer):
         self, model: Any, *others: Any, **options: Any
     ) -> list[str]:
         """Returns patterns of the names of layers whose weight is kept as it is."""
-        kinds = find_targets(model).kinds
-        skipped = super().get_modules_to_not_convert(model, *others, **options)
-        return [*skipped, *(f"{name}$" for name, kind in kinds.items() if kind in _NOT_QUANTIZED)]
+        return [*super().get_modules_to_not_convert(model, *others, **options), *_not_quantized(model)]
 
     def _process_model_before_weight_loading(self, model: Any, *others: Any, **options: Any) -> None:
-        for module in model.modules():  # transformers quantises no subclass of nn.Linear
-            kind = type(module)
-            is_subclass = isinstance(module, nn.Linear) and kind.__module__.startswith("transformers.models.")
-            if is_subclass and is_plain(module):
-                module.__class__ = nn.Linear
+        _make_plain(model)  # transformers quantises no subclass of nn.Linear
         super()._process_model_before_weight_loading(model, *others, **options)
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
@@ -84,4 +81,81 @@ class _Quantize(ConversionOps):
         return results
 
 
+class Fp8Config(QuantizationConfigMixin):
+    """Chooses `Fp8Quantizer`."""
+
+    def __init__(self) -> None:
+        self.quant_method = _FP8  # type: ignore[assignment]
+
+
+class Fp8Quantizer(HfQuantizer):
+    """Quantises the same weights as `LayersAndExperts`, in 8 bits."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.scales: dict[str, Tensor] = {}
+        """The scales by the name of their weight. Loading would overwrite buffers of the model with them."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+        _make_plain(model)
+        skipped = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+        skipped += _not_quantized(model)
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear and should_convert_module(name, skipped):
+                module.__class__ = fp8.Fp8Linear
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        if (form := form_of(module)) is not None:
+            return name in form.names
+        return isinstance(module, fp8.Fp8Linear) and name == "weight"
+
+    def get_quantize_ops(self) -> Any:
+        return _QuantizeInFp8(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
+        for full_name, scale in self.scales.items():
+            module, name = get_module_from_name(model, full_name)
+            module.register_buffer(name + fp8.SCALE, scale, persistent=False)
+        self.scales = {}
+
+
+class _QuantizeInFp8(ConversionOps):
+    """Quantises the weights that a step of loading has made."""
+
+    def __init__(self, quantizer: Fp8Quantizer) -> None:
+        self._quantizer = quantizer
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], **others: Any
+    ) -> dict[str, Tensor | nn.Parameter]:
+        results: dict[str, Tensor | nn.Parameter] = {}
+        for name, value in input_dict.items():
+            held, self._quantizer.scales[name] = fp8.quantize(value[0] if isinstance(value, list) else value)
+            results[name] = nn.Parameter(held, requires_grad=False)
+        return results
+
+
+def _make_plain(model: Any) -> None:
+    """Makes layers of subclasses of nn.Linear that compute the same plain linear layers."""
+    for module in model.modules():
+        is_of_model = type(module).__module__.startswith("transformers.models.")
+        if is_of_model and isinstance(module, nn.Linear) and is_plain(module):
+            module.__class__ = nn.Linear
+
+
+def _not_quantized(model: Any) -> list[str]:
+    """Returns patterns of names: of layers that only choose experts, or whose weights are read directly."""
+    kinds = find_targets(model).kinds
+    return [f"{name}$" for name, kind in kinds.items() if kind in _NOT_QUANTIZED]
+
+
 AUTO_QUANTIZER_MAPPING[_METHOD] = LayersAndExperts
+AUTO_QUANTIZER_MAPPING[_FP8] = Fp8Quantizer

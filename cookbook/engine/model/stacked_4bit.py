@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.fp8 import StackInFp8
+
 
 class StackedIn4Bits(Tensor):
     """The weights [E, R, C] of all experts. Each expert's matrix is quantised on its own.
@@ -57,7 +59,7 @@ class StackedIn4Bits(Tensor):
 class Matrices:
     """The weights of a product, [E, I, O], whose matrices are dequantised as they are read."""
 
-    def __init__(self, stacked: StackedIn4Bits, is_transposed: bool) -> None:
+    def __init__(self, stacked: StackedIn4Bits | StackInFp8, is_transposed: bool) -> None:
         num_experts, rows, columns = stacked.shape
         self._stacked, self._is_transposed = stacked, is_transposed
         self.shape = (num_experts, columns, rows) if is_transposed else (num_experts, rows, columns)

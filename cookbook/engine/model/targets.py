@@ -72,6 +72,8 @@ class Target:
     group: Group
     num_weights: int
     is_stacked: bool = False
+    num_rows: int = 0
+    """The number of rows of its matrices as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,8 @@ def find_targets(model: Any) -> TargetTable:
             if reason is None:
                 is_stacked = not isinstance(module, nn.Linear | Conv1D)
                 full = f"{name}.{short}" if is_stacked else name
-                targets[full] = Target(full, _group(path), _num_weights(parameter), is_stacked)
+                num_rows = parameter.numel() // parameter.shape[-1]
+                targets[full] = Target(full, _group(path), _num_weights(parameter), is_stacked, num_rows)
             else:
                 others[reason] = others.get(reason, 0) + _num_weights(parameter)
                 kinds[name if short == "weight" else f"{name}.{short}"] = reason

@@ -21,6 +21,7 @@ from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.tree_attention import TreeLayout
+from cookbook.engine.sampling import decode_graphs
 from cookbook.engine.sampling.kv_cache import KVCache
 from cookbook.engine.sampling.prefill_row import PrefillRow, plan_row
 from cookbook.engine.sampling.prompt_tree import KnownPart, PromptTree
@@ -72,6 +73,7 @@ class PackedDecoder(Decoder):
         self._row_multiple = base.row_multiple
         if base.packed_weights is not None and base.packed_weights.are_current():
             self._using_weights, self._row_multiple = base.packed_weights.in_use, 1
+        self._graphs = decode_graphs.graphs_of(base)
         self.min_shared = base.min_shared_tokens if base.reuses_prompts else None
         """The shortest beginning that is reused, or None if none is."""
 
@@ -163,6 +165,8 @@ class PackedDecoder(Decoder):
     def decode(self, sequences: list[Sequence]) -> Tensor:
         order = self._cache.begin_decode(sequences)
         num_rows, num_tokens = len(order), len(order) + -len(order) % self._row_multiple
+        if self._graphs is not None:
+            num_tokens = decode_graphs.num_rows(len(order), self._row_multiple)
         token_N, position_N, place_N = inputs_3N = np.zeros((3, num_tokens), np.int64)
         token_N[:num_rows] = [sequences[index].tokens[-1] for index in order]
         position_N[:num_rows] = [sequences[index].length - 1 for index in order]
@@ -172,7 +176,10 @@ class PackedDecoder(Decoder):
         starts = torch.empty(0, dtype=torch.int32)  # only the cache reads this layout
         layout = AttentionLayout(segments, starts, longest=1, cache=self._cache)
         with self._using_weights():
-            hidden_ND = self._base.hidden_of(inputs[:1], inputs[1:2], layout)
+            if self._graphs is not None:
+                hidden_ND = self._graphs.hidden_of(inputs[:2], layout)
+            else:
+                hidden_ND = self._base.hidden_of(inputs[:1], inputs[1:2], layout)
             return self._base.head().logits(hidden_ND[inputs[2]])[:num_rows]
 
     def remove(self, sequence: Sequence) -> None:

@@ -112,7 +112,7 @@ def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_pa
         ("train_on_what=everything", "all_tokens, all_user_and_system_messages, customized."),
         ("on_bad_row=drop", "Invalid on_bad_row=drop: it takes one of raise, skip."),
         ("if_log_path_exists=resum", "resume, raise, delete, ask. Did you mean `resume`?"),
-        ("quantization=int4", "Invalid quantization=int4: it takes nf4 or None."),
+        ("quantization=int4", "Invalid quantization=int4: it takes one of nf4, fp8 or None."),
         ("prompts.1=a", "prompts.0 before it"),
         (f"dataset_builder={FILE_BUILDER}", "dataset_builder.file_path=<text> is required: the file"),
     ],

@@ -137,9 +137,9 @@ def test_packed_sequences_have_the_losses_and_gradients_of_one_at_a_time(tiny_qw
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_a_model_in_bfloat16_and_in_4_bits_learns_its_data(tiny_qwen3: str, quantization: Any) -> None:
-    if quantization is not None:
+@pytest.mark.parametrize("quantization", [None, "nf4", "fp8"])
+def test_a_model_in_bfloat16_and_in_4_and_8_bits_learns_its_data(tiny_qwen3: str, quantization: Any) -> None:
+    if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
     options = EngineOptions(device="cuda:0", quantization=quantization)
     losses = losses_of(Trainer(BaseModel(tiny_qwen3, options), LoraConfig(rank=4, seed=0)), 20)

@@ -94,9 +94,9 @@ def test_shapes_have_the_published_number_of_weights(name: str, number: int) -> 
 def test_the_table_has_a_row_for_each_method() -> None:
     shape = {**memory_table.SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"], "num_hidden_layers": 20}
     found = list(memory_table.rows({"owner/small": shape}, ["t4"]))
-    assert [row.method for row in found] == ["LoRA", "nf4", "full", "full, 8 bits"]
-    lora, nf4, full, full_in_8_bits = (row.least for row in found)
-    assert nf4 < lora < full_in_8_bits < full
+    assert [row.method for row in found] == ["LoRA", "fp8", "nf4", "full", "full, 8 bits"]
+    lora, fp8, nf4, full, full_in_8_bits = (row.least for row in found)
+    assert nf4 < fp8 < lora < full_in_8_bits < full
     assert CARDS["t4"].name in memory_table.markdown(found, ["t4"])
     assert all(row.longest == dict.fromkeys(memory_table.SIZES, row.context) for row in found)
     assert memory_table.longest_markdown(found).count("8,192+") == len(found) * len(memory_table.SIZES)
@@ -110,7 +110,7 @@ def test_the_largest_model_is_the_one_of_most_weights_whose_sequences_fit() -> N
     found = [row("a/small", 1, 0, 2048, 4096, 4096, 4096), row("a/large", 2, 0, 0, 2047, 2048, 4096)]
     lines = memory_table.largest_markdown(found).splitlines()
     assert lines[2] == "| LoRA | - | small | small | large | large |"
-    assert lines[3] == "| nf4 | - | - | - | - | - |"
+    assert lines[4] == "| nf4 | - | - | - | - | - |"
 
 
 @pytest.mark.parametrize(

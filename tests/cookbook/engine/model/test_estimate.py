@@ -91,6 +91,16 @@ def test_weights_in_4_bits_take_what_bitsandbytes_holds(folder_of: Callable[[str
     assert found.weights == pytest.approx(held, rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_weights_in_8_bits_take_a_byte_and_the_scale_of_their_row(
+    kind: str, folder_of: Callable[[str], str]
+) -> None:
+    model = BaseModel(folder_of(kind), EngineOptions(device="cpu", quantization="fp8")).model
+    scales = [buffer for name, buffer in model.named_buffers() if name.endswith("_scale")]
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *scales))
+    assert footprint_of(folder_of(kind), 4, quantization="fp8").weights == held
+
+
 # -- plans ------------------------------------------------------------------------------------
 
 

@@ -198,7 +198,7 @@ def test_experts_that_do_not_describe_themselves_have_the_results_and_gradients_
                 values = nn.Parameter(values, requires_grad=False)
             setattr(experts, weight, values)
         if is_ours:
-            expert_lora.run_in_4_bits(model)
+            expert_lora.run_quantized(model)
             expert_lora.fuse(model)
         floats = [
             i.detach().requires_grad_() for i in inputs if isinstance(i, Tensor) and i.is_floating_point()
@@ -368,7 +368,7 @@ def quantized_layer(**flags: bool) -> tuple[Any, Any]:
             if layer is layers[1]:
                 value = nn.Parameter(torch.stack([rounded(matrix) for matrix in weight]), requires_grad=False)
             setattr(experts, name, value)
-        expert_lora.run_in_4_bits(layer)
+        expert_lora.run_quantized(layer)
         expert_lora.fuse(layer)
     return layers[0], layers[1]
 

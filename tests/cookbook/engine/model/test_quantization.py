@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,23 @@ import families
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from outside_world import remove_package
-from peft import PeftModel
+from quantized import DATA, SIZES, answer, assert_same, gradients_after_a_pass, make_trainer, plain_gradients
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from cookbook.clients.service import ServiceClient
-from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.packing import TokenSequence, pack
 from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.sampling.requests import Request, sample_request, score_request
-from cookbook.engine.sampling.sampler import Sampler
+from cookbook.engine.sampling.requests import sample_request, score_request
 from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import ConfigError
-from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from cookbook.types import AdamParams, LoraConfig, SamplingParams
 
 NF4 = EngineOptions(device="cpu", quantization="nf4")
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-"""Every linear layer has blocks of 64 weights, and no activation has the shape of a weight."""
 
 
 @pytest.fixture(scope="module")
@@ -49,65 +43,6 @@ def in_4_bits(folder: str, compute_dtype: torch.dtype = torch.float32) -> Any:
         bnb_4bit_compute_dtype=compute_dtype,
     )
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-
-
-def make_data(lengths: list[int]) -> list[Datum]:
-    rng = np.random.default_rng(0)
-    data = []
-    for length in lengths:
-        tokens = rng.integers(3, 300, length + 1)
-        weights = rng.choice([0.0, 0.5, 2.0], length).astype(np.float32)
-        data.append(
-            Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights})
-        )
-    return data
-
-
-DATA = make_data([5, 30, 1, 17, 12])
-
-
-def make_trainer(folder: str, options: EngineOptions = NF4, **lora: Any) -> Trainer:
-    """Returns a trainer whose B matrices are not zero, so that no gradient is zero."""
-    trainer = Trainer(BaseModel(folder, options), LoraConfig(rank=4, seed=0, **lora))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.adapter.weights.values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return trainer
-
-
-def gradients_after_a_pass(trainer: Trainer) -> dict[str, torch.Tensor]:
-    trainer.discard_gradients()
-    trainer.forward_backward(trainer.check(DATA, "cross_entropy", None))
-    return {name: weight.grad.clone() for name, weight in trainer.adapter.weights.items()}  # type: ignore[union-attr]
-
-
-def plain_gradients(model: Any, adapter_folder: Path) -> dict[str, torch.Tensor]:
-    """Runs one sequence at a time in training mode, in which bitsandbytes computes in fp32 throughout."""
-    peft_model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True).train()
-    for datum in DATA:
-        logits = peft_model(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0]
-        nll = F.cross_entropy(logits, datum.loss_fn_inputs["target_tokens"].to_torch(), reduction="none")
-        (datum.loss_fn_inputs["weights"].to_torch() * nll).sum().backward()
-    return {
-        name.replace(".default.", "."): parameter.grad
-        for name, parameter in peft_model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
-
-
-def answer(base: BaseModel, adapter: Adapter | None, request: Request) -> Any:
-    prepared: Future[tuple[Adapter | None, int | None]] = Future()
-    prepared.set_result((adapter, 0))
-    Sampler(base, prepared).run(request, list)
-    return request.future.result(timeout=0)
 
 
 @pytest.mark.cases(2)
@@ -131,7 +66,7 @@ def test_gradients_equal_those_of_a_model_with_the_dequantised_weights(
 ) -> None:
     folder = str(make_model_folder(tmp_path / "model", family, **SIZES))
     unpacked = in_4_bits(folder).dequantize()
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, NF4)
     trainer.save(tmp_path / "adapter", with_optimizer=False)
 
     assert_same(gradients_after_a_pass(trainer), plain_gradients(unpacked, tmp_path / "adapter"))
@@ -152,7 +87,7 @@ def test_linear_layers_take_half_a_byte_per_weight_and_embeddings_are_unchanged(
 
 @pytest.mark.slow
 def test_a_dequantised_weight_is_freed_after_its_product(folder: str) -> None:
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, NF4)
     tokens_T = np.arange(13)
     batch = pack([TokenSequence(tokens_T, tokens_T, np.ones(13, np.float32), {})], torch.device("cpu"), True)
     layers = [m for m in trainer.base.model.model.modules() if hasattr(m, "quant_state")]
@@ -174,7 +109,7 @@ def tensors_of(shapes: set[tuple[int, int]]) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 def test_a_repeated_pass_is_bit_identical_whatever_was_sampled_in_between(folder: str) -> None:
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, NF4)
     once = gradients_after_a_pass(trainer)
     for adapter in (trainer.adapter, None):
         request = sample_request(trainer.base, [5, 6, 7], 2, SamplingParams(max_tokens=5))
@@ -187,7 +122,7 @@ def test_a_repeated_pass_is_bit_identical_whatever_was_sampled_in_between(folder
 @pytest.mark.slow
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_sampled_log_probabilities_equal_a_forward_pass(folder: str, with_adapter: bool) -> None:
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, NF4)
     adapter = trainer.adapter if with_adapter else None
     prompt = [5, 6, 7]
     request = sample_request(trainer.base, prompt, 3, SamplingParams(max_tokens=8, seed=0))
@@ -211,7 +146,7 @@ def test_the_loss_goes_down(folder: str, dtype: str) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_loads_onto_the_full_precision_model(folder: str, tmp_path: Path) -> None:
-    trainer = make_trainer(folder)
+    trainer = make_trainer(folder, NF4)
     trainer.save(tmp_path / "adapter", with_optimizer=True)
 
     full = Trainer(BaseModel(folder, EngineOptions(device="cpu")), LoraConfig(rank=4, seed=1))
@@ -234,7 +169,7 @@ def test_a_model_published_in_4_bits_is_trained_in_the_dtype_of_the_engine(
     for file in Path(folder).glob("tokenizer*"):
         (packed / file.name).write_bytes(file.read_bytes())
     found = gradients_after_a_pass(make_trainer(str(packed), EngineOptions(device="cpu")))
-    assert_same(found, gradients_after_a_pass(make_trainer(folder)))
+    assert_same(found, gradients_after_a_pass(make_trainer(folder, NF4)))
 
 
 def test_without_bitsandbytes_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +179,7 @@ def test_without_bitsandbytes_the_error_names_the_extra(monkeypatch: pytest.Monk
 
 
 def test_an_unknown_quantization_is_refused_naming_the_supported_ones() -> None:
-    with pytest.raises(ConfigError, match=r"quantization='int4' is not known. Use nf4, or remove it"):
+    with pytest.raises(ConfigError, match=r"quantization='int4' is not known. Use nf4, fp8, or remove it"):
         ServiceClient(quantization="int4")  # type: ignore[arg-type]
 
 
@@ -302,7 +237,7 @@ def test_gradients_with_experts_in_4_bits_equal_plain_transformers_and_peft_on_r
     family: str, tmp_path: Path, lora: dict[str, bool]
 ) -> None:
     folder = str(families.save(family, tmp_path / "model"))
-    trainer = make_trainer(folder, **lora)
+    trainer = make_trainer(folder, NF4, **lora)
     trainer.save(tmp_path / "adapter", with_optimizer=False)
     in_4_bits = [w for w in trainer.base.model.parameters() if isinstance(w, StackedIn4Bits)]
     assert len(in_4_bits) == 2 * trainer.base.model.config.num_hidden_layers
