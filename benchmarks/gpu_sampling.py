@@ -3,13 +3,14 @@
     python -m benchmarks.gpu_sampling [--prompts 64] [--tokens 64]
 
 Prints a line of JSON for each side: prompts of 128 tokens in one batch, the same number of tokens sampled for
-each. The second round counts.
+each. The second round counts. This engine samples with CUDA graphs and without.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from benchmarks.gpu_step import make_model_folder
 from benchmarks.sampling import Work, by_cookbook, make_work, seconds
 from cookbook import ServiceClient
+from cookbook.engine.sampling import decode_graphs
 from cookbook.utils import pretrained
 
 
@@ -47,15 +49,19 @@ def main() -> None:
         folder = make_model_folder("0.6B", Path(temporary, "model"))
         equal, _ = make_work(arguments.prompts, 150_000)
         work = Work(equal.name, equal.prompts, [arguments.tokens] * arguments.prompts)
-        service = ServiceClient(device="cuda")
+        service, plain = ServiceClient(device="cuda"), ServiceClient(device="cuda")
         client = service.create_sampling_client(base_model=str(folder))
+        without_graphs = plain.create_sampling_client(base_model=str(folder))
         model = pretrained.load_causal_lm(folder, dtype=torch.bfloat16).cuda().eval()
         model.generation_config.eos_token_id = None
         for side, run in (
             ("this engine", lambda: by_cookbook(client, work, 1.0)),
             ("this engine, top_p=0.95", lambda: by_cookbook(client, work, 0.95)),
+            ("this engine, without CUDA graphs", lambda: by_cookbook(without_graphs, work, 1.0)),
             ("transformers, generate", lambda: by_generate(model, work)),
         ):
+            # is read once, when a model is first sampled from
+            os.environ[decode_graphs.SWITCH] = str(int("without" not in side))
             run()
             spent = seconds(run)
             rate = arguments.prompts * arguments.tokens / spent
@@ -64,6 +70,7 @@ def main() -> None:
                 flush=True,
             )
         service.close()
+        plain.close()
 
 
 if __name__ == "__main__":

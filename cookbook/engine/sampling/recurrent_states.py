@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cookbook.engine.model.packing import copy_to
 
 
 class RecurrentStates:
@@ -44,11 +47,12 @@ class RecurrentStates:
             for member in order
         ]
         rows += [total] * (num_rows - len(rows))
-        found = cls()
+        found, rows_R = cls(), None
         for key, state in sources[0][0]._states.items():
             parts = [states._states[key] for states, _ in sources]
             everything = torch.cat([*parts, torch.zeros_like(state[:1])])
-            gathered = everything[torch.tensor(rows, device=state.device)]
+            rows_R = copy_to(state.device, np.array(rows)) if rows_R is None else rows_R
+            gathered = everything[rows_R]
             found._states[key] = _by_token(gathered) if key[0] == "conv" else gathered
         return found
 

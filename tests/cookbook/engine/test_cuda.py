@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,13 @@ from safetensors.torch import load_file
 
 from cookbook.clients.service import ServiceClient
 from cookbook.engine.device_clock import DeviceClock
+from cookbook.engine.model import fp8
 from cookbook.engine.model.attention import AttentionLayout, packed_attention
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
+from cookbook.engine.sampling import decode_graphs
+from cookbook.engine.sampling.requests import sample_request
+from cookbook.engine.sampling.sampler import Sampler
 from cookbook.engine.training.trainer import Trainer
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
@@ -157,6 +162,50 @@ def test_sampled_logprobs_are_those_of_a_forward_pass(tiny_qwen3: str, tmp_path:
         expected = sampler.compute_logprobs(ModelInput.from_ints(text)).result()[len(prompt) :]
         np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
     service.close()
+
+
+def test_passes_captured_as_graphs_sample_what_kernels_one_by_one_do(
+    tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampled(switch: str) -> tuple[list[Any], BaseModel]:
+        monkeypatch.setenv(decode_graphs.SWITCH, switch)
+        base, answers = BaseModel(tiny_qwen3, EngineOptions(device="cuda", dtype="float32")), []
+        for _ in range(2):
+            params = SamplingParams(max_tokens=40, temperature=0.0, stop=[])
+            requests = [sample_request(base, [*range(20, 20 + length)], 2, params) for length in (5, 40, 60)]
+            prepared: Future[Any] = Future()
+            prepared.set_result((None, 0))
+            waiting = [requests[1:]]
+            Sampler(base, prepared).run(requests[0], lambda waiting=waiting: waiting.pop() if waiting else [])
+            answers += [each for request in requests for each in request.future.result(0).sequences]
+        return answers, base
+
+    (captured, base), (plain, other) = sampled("1"), sampled("0")
+    assert base.decode_graphs.num_replays > 50
+    assert other.decode_graphs is None
+    for one, another in zip(captured, plain, strict=True):
+        assert one.tokens == another.tokens
+        np.testing.assert_allclose(one.logprobs, another.logprobs, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="needs products in 8 bits",
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 1000])
+def test_products_in_8_bits_are_those_of_the_rounded_rows(num_rows: int, has_bias: bool) -> None:
+    layer = fp8.Fp8Linear(512, 256, bias=has_bias, device="cuda", dtype=torch.bfloat16)
+    bytes_OI, scale_O1 = fp8.quantize(torch.randn(256, 512, device="cuda") * 0.05)
+    layer.weight = torch.nn.Parameter(bytes_OI, requires_grad=False)
+    layer.register_buffer("weight_scale", scale_O1)
+    x_NI = torch.randn(num_rows, 512, device="cuda", dtype=torch.bfloat16)
+    x_NI[0] = 0
+    assert fp8.has_fp8_products(x_NI, layer)
+    rows8_NI, scale_N1 = fp8.rows_in_fp8(x_NI)
+    bias = None if layer.bias is None else layer.bias.float()
+    expected = torch.nn.functional.linear(rows8_NI.float() * scale_N1, layer.weight_in(torch.float32), bias)
+    torch.testing.assert_close(layer(x_NI).float(), expected, rtol=2**-7, atol=2**-7)
 
 
 _RESUMED = """
