@@ -32,6 +32,9 @@ from cookbook.engine.options import EngineOptions
 
 _USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Larger micro-batches are no faster (`benchmarks/LOG.md`). Other devices are treated as a CPU."""
+_SMALL_MODEL_TOKENS, _SMALL_MODEL_BYTES = 4096, 100_000_000
+"""Up to so many tokens on a CPU while their activations are no larger: in small models the fixed time of a
+pass counts more than that of its tokens."""
 MIN_TOKENS = 1024
 """If fewer tokens than this fit, layers are checkpointed instead of making micro-batches smaller."""
 
@@ -219,7 +222,10 @@ def limits_for(
     growth_planned = growth if fits_without else found.checkpointed_squared / max(found.checkpointed, 1)
     checkpointed = found.checkpointed - (found.inputs if is_offloaded else 0.0)
     fitting = max(1, _ratio(room, found.full if fits_without else checkpointed))
-    max_tokens = min(_USEFUL_TOKENS[kind], fitting)
+    useful = _USEFUL_TOKENS[kind]
+    while kind == "cpu" and useful < _SMALL_MODEL_TOKENS and 2 * useful * found.full <= _SMALL_MODEL_BYTES:
+        useful *= 2
+    max_tokens = min(useful, fitting)
     share = max_tokens / fitting if growth_planned else 1.0
     return MicrobatchLimits(
         max_tokens, tokens_without, growth, growth_planned, share, fitting, without_offloading

@@ -33,6 +33,7 @@ from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.recurrent_kernels import SamplingFunctions
 from cookbook.engine.model.recurrent_trees import StateTree, TreeFunctions, chunk_size_for
+from cookbook.engine.model.selective_scan import TrainingFunctions
 from cookbook.engine.model.shared_projections import SharedProjections
 from cookbook.engine.model.tree_attention import TreeLayout
 
@@ -306,7 +307,7 @@ class RecurrentLayers:
         mask_name = next((name for name in _MASK_NAMES if name in signature.parameters), "")
         kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
         further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
-        sampling_functions = SamplingFunctions(mixer)
+        sampling_functions, training_functions = SamplingFunctions(mixer), TrainingFunctions(mixer)
         projections = SharedProjections(mixer)
         tree_functions = TreeFunctions(mixer)
         self._has_other_functions |= not tree_functions.are_known
@@ -334,6 +335,8 @@ class RecurrentLayers:
             of_row: dict[str, list[Tensor]] = {}
             if row.own_in_batches:
                 input_name = next(name for name, value in arguments.items() if row.is_of_row(value))
+            functions = training_functions if row.states is None else sampling_functions
+            is_on_cpu = row.place_N.device.type == "cpu"
             outs: list[Any] = []
             try:
                 for number, part in enumerate(row.split(arguments)):
@@ -341,18 +344,17 @@ class RecurrentLayers:
                         part[cache_name] = row.states[number]
                         if not row.is_padded[number]:
                             part[mask_name] = None
-                    if isinstance(own_chunk_size, int) and row.place_N.device.type == "cpu":
+                    if isinstance(own_chunk_size, int) and is_on_cpu:
                         mixer.chunk_size = chunk_size_for(row.shapes[number][1], own_chunk_size)
-                    if input_name:
+                    with functions.in_use() if is_on_cpu else contextlib.nullcontext():
+                        if not input_name:
+                            outs.append(forward(**part))
+                            continue
                         project = partial(row.project, of_row, number, arguments[input_name])
                         own = row.own_in_batches[number]
                         with projections.in_use(part[input_name], own, project) as made:
                             outs.append(forward(**part))
                         projections.remember(made, outs[-1])
-                        continue
-                    is_faster = row.states is not None and row.place_N.device.type == "cpu"
-                    with sampling_functions.in_use() if is_faster else contextlib.nullcontext():
-                        outs.append(forward(**part))
             finally:
                 if own_chunk_size is not None:
                     mixer.chunk_size = own_chunk_size

@@ -1,7 +1,7 @@
 """Faster torch versions of the functions that transformers uses without kernels, for sampling on a CPU.
 
 They take the arguments of the functions that they replace, and their results differ by rounding. They have no
-backward pass: they change tensors in place, a step of one token the state that it gets. `benchmarks/LOG.md`
+backward pass (but for Mamba's scan): they change tensors in place, a step of one token the state that it gets. `benchmarks/LOG.md`
 has the times of both.
 
 Shape suffixes: R rows, T tokens, C channels, K kernel size of a convolution, H heads, G groups of heads that
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from cookbook.engine.model.replaced_functions import ReplacedFunctions
+from cookbook.engine.model.selective_scan import selective_scan
 
 
 class SamplingFunctions(ReplacedFunctions):
@@ -248,49 +249,8 @@ def _within_chunks(query: Tensor, key: Tensor, decay: Tensor) -> tuple[Tensor, T
     return products[..., 0], products[..., 1].contiguous()
 
 
-def mamba_scan(
-    hidden_states: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-    **unused: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns the outputs of Mamba, [R, C, T], and its last state [R, C, N] if it is asked for.
-
-    B and C are [R, N, T]. The states of a few tokens at a time are in memory.
-    """
-    dt_TRC = dt.float().permute(2, 0, 1)
-    if delta_bias is not None:
-        dt_TRC = dt_TRC + delta_bias
-    if delta_softplus:
-        dt_TRC = F.softplus(dt_TRC)
-    inputs_TRC = hidden_states.permute(2, 0, 1) * dt_TRC
-    B_TRN, C_TRN = B.float().permute(2, 0, 1), C.float().permute(2, 0, 1)
-    state_RCN = A.new_zeros(len(hidden_states), *A.shape)
-    outs = []
-    for block in range(0, len(dt_TRC), _BLOCK_TOKENS):
-        tokens = slice(block, block + _BLOCK_TOKENS)
-        decays_TRCN = (dt_TRC[tokens, ..., None] * A).exp_()
-        states_TRCN = inputs_TRC[tokens, ..., None] * B_TRN[tokens, :, None]
-        for decay_RCN, next_RCN in zip(decays_TRCN.unbind(), states_TRCN.unbind(), strict=True):
-            state_RCN = next_RCN.addcmul_(decay_RCN, state_RCN)
-        outs.append(states_TRCN @ C_TRN[tokens, ..., None])
-    out_RCT = torch.cat(outs)[..., 0].permute(1, 2, 0)
-    if D is not None:
-        out_RCT = out_RCT + hidden_states * D[:, None]
-    if z is not None:
-        out_RCT = out_RCT * F.silu(z)
-    return (out_RCT, state_RCN) if return_last_state else out_RCT
-
-
-_CHUNK_TOKENS, _CHANNEL_CHUNK_TOKENS, _BLOCK_TOKENS = 32, 16, 16
-"""The chunks of a delta rule with a decay for each head and for each channel, and the blocks of Mamba."""
+_CHUNK_TOKENS, _CHANNEL_CHUNK_TOKENS = 32, 16
+"""The chunks of a delta rule with a decay for each head and for each channel."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": convolution_step,
     "torch_recurrent_gated_delta_rule": delta_rule_step,
@@ -299,6 +259,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chunk_kimi_delta_attention": delta_rule_scan,
     "mamba2_selective_state_update": mamba2_step,
     "mamba_selective_state_update": mamba_step,
-    "mamba_selective_scan": mamba_scan,
+    "mamba_selective_scan": selective_scan,
 }
 """By their names in transformers 5.23. A model that has none of these names uses its own functions."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.prefix_tree import Segment
 from cookbook.engine.model.replaced_functions import ReplacedFunctions
+from cookbook.engine.model.selective_scan import selective_scan
 from cookbook.engine.model.tree_attention import TreeLayout
 
 _CHUNK_TOKENS = 64
@@ -198,6 +199,8 @@ class TreeFunctions:
 
     def __init__(self, mixer: nn.Module) -> None:
         self.tree: StateTree | None = None
+        weight = next(mixer.parameters(), None)
+        self.is_on_cpu = weight is not None and weight.device.type == "cpu"
         self._functions = ReplacedFunctions(
             mixer, _FUNCTIONS, lambda name, theirs: functools.partial(_FUNCTIONS[name], self, theirs)
         )
@@ -331,8 +334,9 @@ def _mamba_scan(
     return_last_state: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' scan begins with a state of zeros. The recurrence is linear, so what a state adds to the
-    outputs is added to them: the state, after the decay since it, read by C."""
+    """transformers' scan, which kernels may replace on CUDA, begins with a state of zeros. The recurrence is
+    linear, so what a state adds to the outputs is added to them: the state, after the decay since it, read by
+    C. On a CPU the scan of `selective_scan` begins with the state."""
     tree = functions.tree_of(hidden_states, 2)
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[..., None]
@@ -341,6 +345,9 @@ def _mamba_scan(
 
     def scan(parts: list[Tensor], state: Tensor | None, has_children: bool) -> tuple[Tensor, Tensor | None]:
         hidden_states, dt, B, C = (part.transpose(1, 2) for part in parts)
+        if functions.is_on_cpu:
+            out, last = selective_scan(hidden_states, dt, A, B, C, return_last_state=True, initial_state=state)
+            return out.transpose(1, 2), last if has_children else None
         out, last = theirs(hidden_states, dt, A, B, C, return_last_state=True, **kwargs)
         if state is not None:
             decay_RCTN = (dt.float().cumsum(-1)[..., None] * A[:, None]).exp()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import RecurrentGemmaConfig
 from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
+from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
-from cookbook.engine.model.linear_scan import rnn_scan
+from cookbook.engine.model.linear_scan import rnn_scan, rwkv_scan
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 13, 64])
@@ -39,3 +42,24 @@ def test_states_and_gradients_equal_those_of_the_loop(num_tokens: int, has_state
 
     for found, expected in zip(run(rnn_scan), run(loop._rnn_scan), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size_of_keys", [1, 30])
+@pytest.mark.parametrize("num_tokens", [1, 2, 13, 64])
+def test_rwkv_and_its_gradients_equal_those_of_the_loop(num_tokens: int, size_of_keys: int) -> None:
+    """Weights are exponentials of the keys, and large ones would overflow."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    decay_D, first_D = torch.randn(2, 6, generator=generator).unbind()
+    key_BTD, value_BTD, weights_BTD = torch.randn(3, 3, num_tokens, 6, generator=generator).unbind()
+    inputs = [decay_D, first_D, size_of_keys * key_BTD, value_BTD]
+    for each in inputs:
+        each.requires_grad_()
+
+    def run(scan: object) -> list[Tensor]:
+        assert callable(scan)
+        out_BTD, _ = scan(*inputs)
+        return [out_BTD, *torch.autograd.grad((weights_BTD * out_BTD).sum(), inputs, materialize_grads=True)]
+
+    ours = partial(rwkv_scan, rwkv_linear_attention_cpu)
+    for found, expected in zip(run(ours), run(rwkv_linear_attention_cpu), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)

@@ -537,9 +537,10 @@ def test_a_cpu_shares_its_memory_with_other_programs() -> None:
     ("device", "free_bytes", "checkpointing", "wanted", "expected"),
     [
         # A token takes 1000 bytes, or 100 if checkpointed, and a fourth of that as workspace.
-        ("cpu", 5_000_000, "auto", None, (1024, 4000)),
-        ("cpu", 5_000_000, "off", None, (1024, NEVER)),
-        ("cpu", 5_000_000, "on", None, (1024, 0)),
+        ("cpu", 5_000_000, "auto", None, (4000, 4000)),
+        ("cpu", 5_000_000, "off", None, (4000, NEVER)),
+        ("cpu", 50_000_000, "auto", None, (4096, 40000)),
+        ("cpu", 50_000_000, "on", None, (4096, 0)),
         ("cuda", 50_000_000, "auto", None, (16384, 40000)),
         ("cuda", 1_500_000, "auto", None, (1200, 1200)),
         ("cuda", 1_000_000, "auto", None, (8000, 800)),
@@ -572,7 +573,13 @@ def test_limits_that_the_options_do_not_set_follow_from_the_memory(
 
 def test_activations_without_cost_set_no_limit() -> None:
     limits = limits_for(EngineOptions(), CPU, lambda: ActivationCost(0, 0), 5_000_000)
-    assert limits.max_tokens == memory._USEFUL_TOKENS["cpu"]
+    assert limits.max_tokens == 4096
+
+
+@pytest.mark.parametrize(("bytes_per_token", "expected"), [(100_000, 1024), (40_000, 2048), (20_000, 4096)])
+def test_micro_batches_on_a_cpu_are_larger_in_small_models(bytes_per_token: int, expected: int) -> None:
+    cost = ActivationCost(full=bytes_per_token, checkpointed=100)
+    assert limits_for(EngineOptions(), CPU, lambda: cost, 1e12).max_tokens == expected
 
 
 def test_kept_activations_are_counted_once_and_without_weights() -> None:
@@ -674,7 +681,7 @@ def test_micro_batches_are_planned_by_their_memory(
         for indices in plan_microbatches([limits.size(length) for length in lengths], limits.max_tokens):
             here = [lengths[index] for index in indices]
             assert sum(map(cost.bytes_of, here)) <= room or len(here) == 1
-            assert sum(here) <= 1024 or len(here) == 1
+            assert sum(here) <= 4096
     plain = limits_for(EngineOptions(), CPU, lambda: ActivationCost(1000, 100), free_bytes)
     assert [plain.size(length) for length in (1, 17, 4096)] == [1, 17, 4096]
     wanted = limits_for(EngineOptions(max_tokens_per_microbatch=500), CPU, lambda: cost, free_bytes)

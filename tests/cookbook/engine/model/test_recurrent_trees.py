@@ -109,6 +109,10 @@ def mamba_scan(functions: Any, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: T
     ).mT
 
 
+def mamba_scan_on_a_cpu(functions: Any, *inputs: Tensor) -> Tensor:
+    return mamba_scan(functions, *inputs)
+
+
 def short_convolution(functions: Any, x: Tensor) -> Tensor:
     weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     return functions("causal_conv1d_fn", mamba2.causal_conv1d_fn)(
@@ -121,6 +125,7 @@ KINDS: dict[Callable[..., Tensor], list[tuple[int, ...]]] = {
     kimi_delta_rule: [(4, 8), (4, 8), (4, 8), (4, 8), (4,)],
     mamba2_scan: [(4, 8), (4,), (2, 6), (2, 6)],
     mamba_scan: [(8,), (8,), (3,), (3,), (8,)],
+    mamba_scan_on_a_cpu: [(8,), (8,), (3,), (3,), (8,)],
     short_convolution: [(8,)],
 }
 
@@ -138,6 +143,7 @@ def test_a_row_with_a_tree_has_the_outputs_and_gradients_of_each_sequence_alone(
     num_tokens = layout.segments[-1][1]
     inputs = [each.requires_grad_() for each in random_inputs(num_tokens, *KINDS[run])]
     functions = TreeFunctions(torch.nn.Identity())
+    functions.is_on_cpu = run is mamba_scan_on_a_cpu
     functions.tree = StateTree.of(layout.tree, batches_by_length, CPU)
 
     def for_rows(name: str, theirs: Callable[..., Any]) -> Callable[..., Any]:
