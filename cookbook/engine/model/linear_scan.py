@@ -29,7 +29,7 @@ def install(decoder: nn.Module) -> None:
             setattr(module, _METHOD, rnn_scan)
         forward = getattr(type(module).forward, "__code__", None)
         if forward is not None and _CALLED in forward.co_names:
-            module.forward = _with_rwkv_scan(module, module.forward)  # type: ignore[assignment]
+            module.forward = _with_rwkv_scan(module, module.forward)
 
 
 def _with_rwkv_scan(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ def rwkv_scan(
     weight overflows, the sums up to a token are divided by about the largest weight among them.
     """
     if state is not None or return_state:
-        return loop(time_decay, time_first, key, value, state, return_state)  # type: ignore[no-any-return]
+        return loop(time_decay, time_first, key, value, state, return_state)
     key_BTD, value_BTD, decay_D = key.float(), value.float(), -time_decay.float().exp()
     with torch.no_grad():  # the mean does not depend on the scale
         times_T1 = torch.arange(key.shape[1], device=key.device)[:, None]
