@@ -1,8 +1,8 @@
 """Faster torch versions of the functions that transformers uses without kernels, for sampling on a CPU.
 
 They take the arguments of the functions that they replace, and their results differ by rounding. They have no
-backward pass (but for Mamba's scan): they change tensors in place, a step of one token the state that it gets. `benchmarks/LOG.md`
-has the times of both.
+backward pass, but for Mamba's scan: they change tensors in place, a step of one token the state that it gets.
+`benchmarks/LOG.md` has the times of both.
 
 Shape suffixes: R rows, T tokens, C channels, K kernel size of a convolution, H heads, G groups of heads that
 share B and C of Mamba, D size of a head, N size of a state. In a scan: P tokens of a chunk, M chunks.

@@ -346,7 +346,9 @@ def _mamba_scan(
     def scan(parts: list[Tensor], state: Tensor | None, has_children: bool) -> tuple[Tensor, Tensor | None]:
         hidden_states, dt, B, C = (part.transpose(1, 2) for part in parts)
         if functions.is_on_cpu:
-            out, last = selective_scan(hidden_states, dt, A, B, C, return_last_state=True, initial_state=state)
+            out, last = selective_scan(
+                hidden_states, dt, A, B, C, return_last_state=True, initial_state=state
+            )
             return out.transpose(1, 2), last if has_children else None
         out, last = theirs(hidden_states, dt, A, B, C, return_last_state=True, **kwargs)
         if state is not None:

@@ -87,7 +87,7 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        """The gradient of the states is a recurrence from the last token to the first, with the same decays."""
+        """The gradient of the states is a recurrence from the last token to the first, with these decays."""
         x_TRC, dt_TRC, B_TRN, C_TRN, A_CN, *firsts = ctx.saved_tensors
         grad_out_TRC, behind_RCN = grads[0], grads[1].clone()
         of_x, of_dt = torch.empty_like(dt_TRC), torch.empty_like(dt_TRC)
