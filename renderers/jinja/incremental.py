@@ -18,7 +18,7 @@ from jinja2.runtime import Context
 
 from renderers.jinja.loop_context import NAMES_IN_LOOPS, TracedLoop, loop_context
 from renderers.jinja.loop_counts import Count, NotTraceable
-from renderers.jinja.loop_records import BackwardRecord, Memory
+from renderers.jinja.loop_records import BackwardRecord, LoopCounts, Memory
 from renderers.jinja.loop_rewriting import RUN, TRACE, Loop, rewritten
 from renderers.jinja.loop_values import traced_namespace
 from renderers.jinja.loop_visits import COMPARISONS, BackwardVisit, ForwardVisit, TemplateRun
@@ -72,8 +72,6 @@ class IncrementalTemplate:
             if run.visit is not None:
                 run.visit.end()
             memory.num_runs += 1
-            memory.num_iterations += run.num_iterations
-            memory.num_reused += run.num_reused
         return "".join(run.pieces)
 
 
@@ -87,14 +85,15 @@ def _enter(iterable: Any, run: TemplateRun, number: int, *values: Any) -> Any:
         iterable = list(iterable)
     namespaces = [id(value) for value in values if isinstance(value, Namespace)]
     has_two_names_for_one = len(set(namespaces)) < len(namespaces)
-    if type(iterable) not in (list, range) or has_two_names_for_one:
+    counts = run.memory.loops.setdefault(number, LoopCounts())
+    if type(iterable) not in (list, range) or has_two_names_for_one or not counts.is_of_use:
         return iterable
     if loop.is_reversed:
         backward = run.memory.backward_records.setdefault(number, BackwardRecord())
-        run.visit = BackwardVisit(run, loop, iterable, values, backward)
+        run.visit = BackwardVisit(run, loop, iterable, values, backward, counts)
     else:
         records = run.memory.records.setdefault(number, [])
-        run.visit = ForwardVisit(run, loop, iterable, values, records)
+        run.visit = ForwardVisit(run, loop, iterable, values, records, counts)
     return run.visit
 
 
@@ -117,7 +116,7 @@ def _item(listed: Any, run: TemplateRun, position: Any) -> Any:
 def _size(listed: Any, run: TemplateRun) -> Any:
     visit = run.visit
     if visit is not None and visit.is_traced(listed):
-        return Count(visit, len(listed), len(listed) - len(run.messages))
+        return Count(visit, len(listed), len(listed) - len(visit.messages))
     return len(listed)
 
 
@@ -133,6 +132,12 @@ def _numbers(start: Any, run: TemplateRun, listed: Any, function: Any) -> Iterab
     return visit.numbers(start, listed)
 
 
+def _outer(value: Any, run: TemplateRun, name: str) -> Any:
+    if run.visit is not None:
+        run.visit.note_outer(name)
+    return value
+
+
 def _compare(left: Any, run: TemplateRun, right: Any, comparison: str, name: str, attribute: str) -> Any:
     if run.visit is not None:
         run.visit.note_comparison((name, attribute), left, comparison, right)
@@ -146,6 +151,7 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "size": _size,
     "numbers": _numbers,
     "compare": _compare,
+    "outer": _outer,
 }
 
 

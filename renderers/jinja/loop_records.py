@@ -16,15 +16,19 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from renderers.jinja.loop_counts import END
 from renderers.jinja.loop_rewriting import Loop
 from renderers.jinja.loop_values import Attributes, length_of_common_start, same
 from renderers.jinja.private import Namespace, attributes_of
 
-_ENOUGH_RUNS = 16
-"""The number of runs after which a conversation is no longer traced if no iteration was reused."""
+_ENOUGH_ENTRIES = 16
+"""How often a loop is entered before it is decided whether to trace it further."""
+
+
+Key: TypeAlias = tuple[str, str]
+"""A namespace and its attribute, or a variable and an empty string."""
 
 
 @dataclass
@@ -39,6 +43,10 @@ class Iteration:
     """The least and the greatest value of each compared attribute for which all comparisons are the same."""
     read: set[int] = field(default_factory=set)
     """The indices of the messages that it read."""
+    outer: set[Key] = field(default_factory=set)
+    """The lazy variables, and the attributes that it had not set before, that it read."""
+    changed: set[Key] = field(default_factory=set)
+    """The attributes that it set."""
     text: str = ""
 
 
@@ -53,6 +61,10 @@ class Record:
         self._lows: dict[tuple[str, str], list[float]] = {key: [] for key in loop.compared}
         self._negative_highs: dict[tuple[str, str], list[float]] = {key: [] for key in loop.compared}
         self._last_readers: dict[int, int] = {}
+        self._first_reads: dict[Key, int] = {}
+        """The first iteration that reads a variable, or an attribute as it was before the loop."""
+        self._first_sets: dict[Key, int] = {}
+        """The first iteration that sets an attribute."""
         self._text = ""
         self._ends = [0]
         """For each iteration, the position where the text of the iterations before it ends."""
@@ -66,8 +78,15 @@ class Record:
         self._text = "".join((self._text[: self._ends[-1]], *(iteration.text for iteration in iterations)))
         for numbers in (self._needs, *self._lows.values(), *self._negative_highs.values()):
             del numbers[start:]
+        for firsts in (self._first_reads, self._first_sets):
+            for key in [key for key, number in firsts.items() if number >= start]:
+                del firsts[key]
         for number, iteration in enumerate(iterations, start):
             self.iterations.append(iteration)
+            for key in iteration.outer - self._first_sets.keys():
+                self._first_reads.setdefault(key, number)
+            for key in iteration.changed:
+                self._first_sets.setdefault(key, number)
             self._ends.append(self._ends[-1] + len(iteration.text))
             self._needs.append(max(iteration.need, self._needs[-1] if self._needs else 0))
             for key in self._loop.compared:
@@ -87,6 +106,17 @@ class Record:
         copied.replace_from(0, self.iterations[:num_iterations], self.entry)
         return copied
 
+    def state_before(self, number: int, entry: LoopEntry) -> list[dict[str, Any]]:
+        """Returns the attributes of the namespaces before an iteration, for another entry into the loop."""
+        states = []
+        for name, state in zip(entry.initial, self.iterations[number].states, strict=True):
+            initial = entry.initial[name]
+            unset = {
+                key: initial[key] for key in initial if self._first_sets.get((name, key), number) >= number
+            }
+            states.append({**state, **unset})
+        return states
+
     def reuse(self, entry: LoopEntry) -> Reuse | None:
         """Returns the part of this record that holds for a new entry into the loop; None if nothing does."""
         if not self.iterations or entry.num_before != self.entry.num_before:
@@ -94,7 +124,7 @@ class Record:
         found = self.entry.compared_with(entry)
         if found is None:
             return None
-        first, last = found
+        first, last, others = found
         as_long = bisect_right(self._needs, entry.num_messages if first is None else first)
         in_bounds = len(self.iterations)
         for name, attribute in self._loop.compared:
@@ -107,11 +137,12 @@ class Record:
                     bisect_right(self._negative_highs[key], -value),
                 )
         last_iteration = len(self.iterations) - 1
-        start = min(as_long, in_bounds, last_iteration)
+        unread = min((self._first_reads.get(key, last_iteration) for key in others), default=last_iteration)
+        start = min(as_long, in_bounds, last_iteration, unread)
         rest = None
         is_whole = in_bounds == len(self.iterations) == entry.num_items and self.final is not None
         is_as_long = (entry.num_items, entry.num_messages) == (self.entry.num_items, self.entry.num_messages)
-        if first is not None and is_whole and is_as_long:
+        if first is not None and is_whole and is_as_long and not others:
             readers = [self._last_readers.get(index, -1) for index in range(first, last + 1)]
             rest = max(last - entry.num_before, *readers) + 1
         return Reuse(self, start, min(as_long, last_iteration) - start, rest)
@@ -138,6 +169,16 @@ def _may_grow(value: Any, messages: Sequence[Any]) -> bool:
     return bool(value) and num_before >= 0 and value[0] is messages[num_before]
 
 
+class Difference(NamedTuple):
+    """What differs between two entries into a loop."""
+
+    first: int | None
+    last: int
+    """The first and the last message that differ; None and -1 if no common one does."""
+    others: set[Key]
+    """The lazy variables and the attributes of namespaces that differ."""
+
+
 class LoopEntry:
     """The state in which a loop is entered."""
 
@@ -145,6 +186,7 @@ class LoopEntry:
         self, loop: Loop, messages: Sequence[Any], items: Sequence[Any], values: Sequence[Any]
     ) -> None:
         self._loop = loop
+        self.messages = messages
         self.num_messages = len(messages)
         self.items = items
         self.num_items = len(items)
@@ -156,29 +198,38 @@ class LoopEntry:
         """The outer variables that are not namespaces."""
         self.lists: dict[str, Sequence[Any]] = {}
         """The outer variables of which only items and the length are read."""
+        self.lazy: dict[str, Any] = {}
+        """The outer variables each read of which is noted."""
         self.namespaces: dict[str, Attributes] = {}
         for name, value in zip(loop.names, values, strict=True):
             if isinstance(value, Namespace):
                 self.namespaces[name] = attributes_of(value)
+                continue
+            if name in loop.lazy:
+                self.lazy[name] = value
                 continue
             self.values[name] = value
             if name in loop.indexed and _may_grow(value, messages):
                 self.lists[name] = value
         self.initial = {name: dict(attributes) for name, attributes in self.namespaces.items()}
 
+    def _outer(self) -> tuple[dict[str, Any], ...]:
+        return self.values, self.lazy, self.initial
+
     def attribute(self, name: str, attribute: str) -> Any:
         return self.initial.get(name, {}).get(attribute)
 
-    def compared_with(self, other: LoopEntry, with_namespaces: bool = True) -> tuple[int | None, int] | None:
-        """Returns the first and the last message that differ; `(None, -1)` if no common message differs.
+    def compared_with(self, other: LoopEntry, with_namespaces: bool = True) -> Difference | None:
+        """Returns what differs, except attributes that the body only compares.
 
-        Returns None if anything else differs, except attributes that the body only compares, and without
-        `with_namespaces` the content of namespaces.
+        Returns None if a variable differs that is not lazy, or what a loop iterates over. Without
+        `with_namespaces` their content is not compared.
         """
-        if list(self.values) != list(other.values) or list(self.initial) != list(other.initial):
+        if any(list(here) != list(there) for here, there in zip(self._outer(), other._outer(), strict=True)):
             return None
         if self.grows != other.grows or not (self.grows or same(self.items, other.items)):
             return None
+        others = {(name, "") for name, value in self.lazy.items() if not same(value, other.lazy[name])}
         pairs = [(self.items, other.items)] if self.grows else []
         for name, value in self.values.items():
             there = other.values[name]
@@ -195,8 +246,9 @@ class LoopEntry:
                 there = theirs[attribute]
                 is_compared = (name, attribute) in self._loop.compared and type(value) is type(there) is int
                 if not is_compared and not same(value, there):
-                    return None
-        return self._different_messages(pairs, other)
+                    others.add((name, attribute))
+        found = self._different_messages(pairs, other)
+        return None if found is None else Difference(*found, others)
 
     def _different_messages(
         self, pairs: Sequence[tuple[Any, Any]], other: LoopEntry
@@ -253,18 +305,46 @@ class BackwardRecord:
 # -- one conversation ---------------------------------------------------------------------------
 
 
+@dataclass
+class LoopCounts:
+    """How often the iterations of one loop were run and reused."""
+
+    num_entries: int = 0
+    num_run: int = 0
+    num_reused: int = 0
+    is_of_use: bool = True
+    """False once a loop is no longer traced, because most of its iterations were run again."""
+    _before: tuple[int, int] = (0, 0)
+
+    def enter(self) -> None:
+        """Counts an entry, of which the first one can reuse nothing."""
+        self.num_entries += 1
+        if self.num_entries % _ENOUGH_ENTRIES == 2:
+            num_run, num_reused = self._before
+            self._before = self.num_run, self.num_reused
+            if self.num_entries > 2:
+                self.is_of_use = self.num_reused - num_reused > self.num_run - num_run
+
+
 class Memory:
     """The records of one conversation under one template."""
 
     def __init__(self) -> None:
         self.records: dict[int, list[Record]] = {}
         self.backward_records: dict[int, BackwardRecord] = {}
+        self.loops: dict[int, LoopCounts] = {}
         self.num_runs = 0
-        self.num_iterations = 0
+
+    @property
+    def num_iterations(self) -> int:
         """The number of iterations that were run."""
-        self.num_reused = 0
+        return sum(loop.num_run for loop in self.loops.values())
+
+    @property
+    def num_reused(self) -> int:
         """The number of iterations that were reused instead."""
+        return sum(loop.num_reused for loop in self.loops.values())
 
     @property
     def is_of_use(self) -> bool:
-        return self.num_runs < _ENOUGH_RUNS or self.num_reused > 0
+        return not self.loops or any(loop.is_of_use for loop in self.loops.values())

@@ -17,9 +17,13 @@ and in its body, if `messages` and `ns.last` are read in no other way,
     {% for k in range(i, messages | length) %}
                         becomes   {% for k in i | numbers(run, messages, range) %}
 
-The filters note on which messages, and how on their number, an iteration depends. If a loop over such numbers
-in the body contains only an `if` that does nothing once `ns.found` is set, it is ended with a `break` at that
-point, which is often long before the last message.
+A variable that the template computes from the messages, and that is read in another way, becomes
+
+    variable            becomes   variable | outer(run, 'variable')
+
+The filters note on which messages and variables, and how on the number of messages, an iteration depends. If
+a loop over such numbers in the body contains only an `if` that does nothing once `ns.found` is set, it is
+ended with a `break` at that point, which is often long before the last message.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ _OPAQUE = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.B
 _ITEM, _WHOLE = "[]", ""
 """The kinds of reads of a variable that do not read an attribute: of an item, and any other."""
 
+_DIFFERENT = ("messages", "add_generation_prompt")
+"""The variables of which one conversation's texts are made."""
+
 _OPERATORS = {"eq", "ne", "gt", "gteq", "lt", "lteq"}
 
 
@@ -56,8 +63,10 @@ class Loop:
     """The outer variables of which the body reads only items and the length."""
     compared: frozenset[tuple[str, str]]
     """The names and attributes of namespaces that the body only compares, and does not set."""
+    lazy: frozenset[str]
+    """The outer variables that differ from run to run, each read of which is noted."""
     is_reversed: bool
-    """Whether it runs over a list from the end, by `[::-1]` or `| reverse`."""
+    """Whether it runs over a list from the end, by `[::-1]` or `| reverse`, or over its indices."""
 
 
 def rewritten(source: str, environment: jinja2.Environment) -> tuple[nodes.Template, list[Loop]]:
@@ -67,8 +76,23 @@ def rewritten(source: str, environment: jinja2.Environment) -> tuple[nodes.Templ
     if not is_plain or any(name.name == RUN for name in tree.find_all(nodes.Name)):
         return tree, []
     loops: list[Loop] = []
-    _rewrite_loops(tree.body, _Macros(tree), loops)
+    _rewrite_loops(tree.body, _Macros(tree), _computed_from(_DIFFERENT, tree), loops)
     return tree, loops
+
+
+def _computed_from(names: Iterable[str], tree: nodes.Template) -> set[str]:
+    """Returns these variables and those that the template sets to a value that it computes from them."""
+    found, num_before = {*names}, 0
+    assigned: list[tuple[nodes.Node, list[nodes.Node]]] = [
+        *((node.target, [node.node]) for node in tree.find_all(nodes.Assign)),
+        *((node.target, node.body) for node in tree.find_all(nodes.AssignBlock)),
+    ]
+    while len(found) > num_before:
+        num_before = len(found)
+        for target, value in assigned:
+            if not found.isdisjoint(_names_read(value)):
+                found |= {node.name for node in _with_descendants([target]) if isinstance(node, nodes.Name)}
+    return found
 
 
 class _Macros:
@@ -95,14 +119,14 @@ class _Macros:
         return [macro for macros in called.values() for macro in macros]
 
 
-def _rewrite_loops(body: list[nodes.Node], macros: _Macros, loops: list[Loop]) -> None:
+def _rewrite_loops(body: list[nodes.Node], macros: _Macros, different: set[str], loops: list[Loop]) -> None:
     for place in reversed(range(len(body))):
         node = body[place]
         if isinstance(node, nodes.If):
             for part in (node.body, node.else_, *(branch.body for branch in node.elif_)):
-                _rewrite_loops(part, macros, loops)
+                _rewrite_loops(part, macros, different, loops)
         elif isinstance(node, nodes.For) and not (node.test or node.else_ or node.recursive):
-            loop = _reads_of(node, macros)
+            loop = _reads_of(node, macros, different)
             _Rewriting(loop).rewrite(node.body)
             values: list[nodes.Expr] = [nodes.Name(name, "load", lineno=node.lineno) for name in loop.names]
             number = nodes.Const(len(loops), lineno=node.lineno)
@@ -119,24 +143,33 @@ def _filter(name: str, value: nodes.Node, arguments: list[nodes.Expr]) -> nodes.
     )
 
 
-def _reads_of(loop: nodes.For, macros: _Macros) -> Loop:
-    """Returns what the body of a loop reads of outer variables, including the macros that it may call."""
+def _reads_of(loop: nodes.For, macros: _Macros, different: set[str]) -> Loop:
+    """Returns what the body of a loop reads of outer variables, including the macros that it may call.
+
+    `different` are the variables that differ from run to run.
+    """
     called = macros.called_by(loop.body)
     own = {name.name for name in _with_descendants([loop.target]) if isinstance(name, nodes.Name)} | {"loop"}
-    names = (_names_read(loop.body) - own) | _names_read(
-        called
-    )  # a macro cannot see the loop's own variables
+    by_macros = _names_read(called)  # a macro cannot see the loop's own variables
+    names = (_names_read(loop.body) - own) | by_macros
+    is_reversed = _is_reversed(loop.iter)
     compared: set[tuple[str, str]] = set()
     others = {*_other_reads(called, None), *_other_reads(loop.body, compared)}
+    indexed = frozenset(name for name in names if not _kinds_of(name, others) - {_ITEM})
+    with_attributes = {name for name, _ in compared} | {
+        name for name, kind in others if kind not in (_ITEM, _WHOLE)
+    }
+    lazy = (names & different) - indexed - by_macros - with_attributes
     return Loop(
         names=tuple(sorted(names - macros.constant)),
-        indexed=frozenset(name for name in names if not _kinds_of(name, others) - {_ITEM}),
+        indexed=indexed,
         compared=frozenset(
             (name, attribute)
             for name, attribute in compared
             if not _kinds_of(name, others) & {_WHOLE, _ITEM, attribute}
         ),
-        is_reversed=_is_reversed(loop.iter),
+        lazy=frozenset() if is_reversed else frozenset(lazy),
+        is_reversed=is_reversed,
     )
 
 
@@ -161,6 +194,9 @@ def _with_descendants(found: Iterable[nodes.Node]) -> Iterator[nodes.Node]:
 def _is_reversed(iterated: nodes.Node) -> bool:
     if isinstance(iterated, nodes.Filter):
         return iterated.name == "reverse"
+    if isinstance(iterated, nodes.Call) and len(iterated.args) == 3:  # range(messages | length - 1, -1, -1)
+        is_range = isinstance(iterated.node, nodes.Name) and iterated.node.name == "range"
+        return is_range and [_constant(bound) for bound in iterated.args[1:]] == [-1, -1]
     if not isinstance(iterated, nodes.Getitem) or not isinstance(iterated.arg, nodes.Slice):
         return False
     bounds = iterated.arg
@@ -300,6 +336,8 @@ class _Rewriting:
     def _new(self, node: object) -> object:
         if not isinstance(node, nodes.Node):
             return node
+        if isinstance(node, nodes.Name) and node.ctx == "load" and node.name in self._loop.lazy:
+            return _filter("outer", node, [nodes.Const(node.name, lineno=node.lineno)])
         numbers = _numbers_up_to(node.iter) if isinstance(node, nodes.For) else None
         if isinstance(node, nodes.For) and numbers is not None and numbers[2].name in self._loop.indexed:
             function, start, growing = numbers

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from jinja2.runtime import Undefined
 
-from renderers.jinja.loop_counts import NotTraceable
 from renderers.jinja.private import Namespace, attributes_of, set_attributes
 
 _SCALARS = (str, int, float, bool, type(None))
@@ -23,6 +22,8 @@ class AttributeTracer(Protocol):
     def read(self, attributes: Attributes, name: str, value: Any) -> None: ...
 
     def set(self, attributes: Attributes, name: str, value: Any) -> None: ...
+
+    def read_all(self, attributes: Attributes) -> None: ...
 
 
 class Attributes(dict[str, Any]):
@@ -45,7 +46,7 @@ class Attributes(dict[str, Any]):
 
     def __repr__(self) -> str:
         if self.visit is not None:
-            raise NotTraceable  # it prints all attributes
+            self.visit.read_all(self)  # it prints all attributes
         return super().__repr__()
 
     def become(self, values: Mapping[str, Any]) -> None:

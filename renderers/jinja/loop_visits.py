@@ -13,18 +13,19 @@ from typing import Any
 
 import jinja2
 
-from renderers.jinja.loop_counts import END, Count
+from renderers.jinja.loop_counts import END, Count, NotTraceable
 from renderers.jinja.loop_records import (
     BackwardRecord,
     Iteration,
     IterationEffect,
+    LoopCounts,
     LoopEntry,
     Memory,
     Record,
     Suffix,
 )
 from renderers.jinja.loop_rewriting import Loop
-from renderers.jinja.loop_values import ABSENT, Attributes, are_frozen, is_frozen, same
+from renderers.jinja.loop_values import ABSENT, Attributes, AttributeTracer, are_frozen, is_frozen, same
 
 _MOST_RECORDS = 4
 _MOST_SUFFIXES = 8
@@ -42,8 +43,6 @@ class TemplateRun:
     memory: Memory
     pieces: list[str] = field(default_factory=list)
     """The text printed so far."""
-    num_iterations: int = 0
-    num_reused: int = 0
     visit: Visit | None = None
     """The traced loop that is running."""
 
@@ -51,16 +50,24 @@ class TemplateRun:
 class Visit:
     """One pass through a loop."""
 
-    def __init__(self, run: TemplateRun, items: Sequence[Any], entry: LoopEntry) -> None:
+    def __init__(self, run: TemplateRun, items: Sequence[Any], entry: LoopEntry, counts: LoopCounts) -> None:
         self.run = run
+        self.messages = entry.messages
+        self.counts = counts
+        counts.enter()
         self.items = items
         self.entry = entry
         self.index = -1
         """The index of the current item in the list."""
+        self._names = {id(attributes): name for name, attributes in entry.namespaces.items()}
 
     def _need_of_item(self, place: int) -> int:
         """Returns the number of messages for which the list has an item at this index."""
         return self.entry.num_before + place + 1 if self.entry.grows else 0
+
+    def _trace(self, visit: AttributeTracer | None) -> None:
+        for attributes in self.entry.namespaces.values():
+            attributes.visit = visit
 
     def is_traced(self, listed: Any) -> bool:
         return any(listed is one for one in self.entry.lists.values())
@@ -74,14 +81,14 @@ class Visit:
         if not 0 <= position < len(listed):
             self.need(END)
             return
-        index = len(self.run.messages) - len(listed) + position
+        index = len(self.messages) - len(listed) + position
         self.need(index + 1)
         self.note_read(index)
 
     def numbers(self, start: int, listed: Sequence[Any]) -> Iterator[int]:
         """Yields the indices of one of the lists from `start` on."""
         for number in range(start, len(listed)):
-            self.need(len(self.run.messages) - len(listed) + number + 1)
+            self.need(len(self.messages) - len(listed) + number + 1)
             yield number
         self.need(END)
 
@@ -90,6 +97,9 @@ class Visit:
 
     def note_comparison(self, key: tuple[str, str], left: Any, comparison: str, right: Any) -> None:
         """Notes that `left` was compared with `right`, the value of the attribute `key`."""
+
+    def note_outer(self, name: str) -> None:
+        """Notes that a lazy variable was read."""
 
     def leave(self) -> None:
         """Ends the loop."""
@@ -139,13 +149,25 @@ class Visit:
         return self.items[self.index + 1]
 
 
+def _growing(items: Sequence[Any], messages: Sequence[Any]) -> Sequence[Any]:
+    """Returns the messages up to the last one of a list: the list itself, if it is a beginning of them."""
+    is_head = type(items) is list and 0 < len(items) < len(messages) and items == messages[: len(items)]
+    return items if is_head and items[0] is messages[0] else messages
+
+
 class ForwardVisit(Visit):
     """A pass through a loop from its first item, or from the first whose iteration must run."""
 
     def __init__(
-        self, run: TemplateRun, loop: Loop, items: Sequence[Any], values: Sequence[Any], records: list[Record]
+        self,
+        run: TemplateRun,
+        loop: Loop,
+        items: Sequence[Any],
+        values: Sequence[Any],
+        records: list[Record],
+        counts: LoopCounts,
     ) -> None:
-        super().__init__(run, items, LoopEntry(loop, run.messages, items, values))
+        super().__init__(run, items, LoopEntry(loop, _growing(items, run.messages), items, values), counts)
         self._loop = loop
         self._records = records
         reuses = [reuse for record in records if (reuse := record.reuse(self.entry)) is not None]
@@ -160,8 +182,9 @@ class ForwardVisit(Visit):
         if self._reuse is not None and self._start:
             record = self._reuse.record
             self.run.pieces.append(record.text(0, self._start))
-            self._set_namespaces(record.iterations[self._start].states)
-            self.run.num_reused += self._start
+            self._set_namespaces(record.state_before(self._start, self.entry))
+            self.counts.num_reused += self._start
+        self._trace(self)
         rest_from = END if self._reuse is None or self._reuse.rest_from is None else self._reuse.rest_from
         for index in range(self._start, len(self.items)):
             if index >= rest_from and self._print_rest(index):
@@ -184,6 +207,7 @@ class ForwardVisit(Visit):
         if record.final is None or not same(here, states):
             return False
         self._close()
+        self._trace(None)
         self._is_shortened = True
         self.run.pieces.append(record.text(index))
         self._set_namespaces(record.final)
@@ -198,7 +222,7 @@ class ForwardVisit(Visit):
         self._iterations.append(Iteration(states, self._need_of_item(index)))
         self._num_pieces = len(self.run.pieces)
         self._is_open = True
-        self.run.num_iterations += 1
+        self.counts.num_run += 1
 
     def _close(self) -> None:
         if self._is_open:
@@ -218,12 +242,31 @@ class ForwardVisit(Visit):
         least, greatest = _bounds_of(left, comparison, right)
         bounds[key] = max(low, least), min(high, greatest)
 
+    def note_outer(self, name: str) -> None:
+        self._iterations[-1].outer.add((name, ""))
+
+    def read(self, attributes: Attributes, name: str, value: Any) -> None:
+        """Notes that an attribute was read."""
+        key, iteration = (self._names[id(attributes)], name), self._iterations[-1]
+        if key not in self._loop.compared and key not in iteration.changed:
+            iteration.outer.add(key)
+
+    def read_all(self, attributes: Attributes) -> None:
+        for name in attributes:
+            self.read(attributes, name, None)
+
+    def set(self, attributes: Attributes, name: str, value: Any) -> None:
+        """Notes that an attribute was set."""
+        self._iterations[-1].changed.add((self._names[id(attributes)], name))
+
     def leave(self) -> None:
         self._close()
+        self._trace(None)
         final = [dict(attributes) for attributes in self.entry.namespaces.values()]
         self._keep(final if are_frozen(final) else None)
 
     def end(self) -> None:
+        self._trace(None)
         if self._is_open:
             self._iterations.pop()
         self._keep(None)
@@ -278,11 +321,11 @@ class BackwardVisit(Visit):
         items: Sequence[Any],
         values: Sequence[Any],
         record: BackwardRecord,
+        counts: LoopCounts,
     ):
-        super().__init__(run, items, LoopEntry(loop, run.messages, items[::-1], values))
+        super().__init__(run, items, LoopEntry(loop, run.messages, items[::-1], values), counts)
         self._record = record
         self._num_usable = self._fit_record()
-        self._names = {id(attributes): name for name, attributes in self.entry.namespaces.items()}
         self._steps: list[IterationEffect] = []
         self._num_pieces = 0
         self._rest = Suffix({}, {})
@@ -301,10 +344,6 @@ class BackwardVisit(Visit):
             record.entry = entry
         return entry.num_items
 
-    def _trace(self, visit: BackwardVisit | None) -> None:
-        for attributes in self.entry.namespaces.values():
-            attributes.visit = visit
-
     def __iter__(self) -> Iterator[Any]:
         for index, item in enumerate(self.items):
             self._close()
@@ -315,11 +354,11 @@ class BackwardVisit(Visit):
                 self._trace(None)
                 for (name, attribute), value in known.set.items():
                     self.entry.namespaces[name][attribute] = value
-                self.run.num_reused += place
+                self.counts.num_reused += place
                 return
             self.index = index
             self._num_pieces = len(self.run.pieces)
-            self.run.num_iterations += 1
+            self.counts.num_run += 1
             self._steps.append(IterationEffect({}, {}, place, self._need_of_item(place)))
             yield item
         self._close()
@@ -346,6 +385,9 @@ class BackwardVisit(Visit):
         step = self._steps[-1]
         if key not in step.set:
             step.read.setdefault(key, value)
+
+    def read_all(self, attributes: Attributes) -> None:
+        raise NotTraceable
 
     def set(self, attributes: Attributes, name: str, value: Any) -> None:
         """Notes that an attribute was set."""
@@ -374,7 +416,7 @@ class BackwardVisit(Visit):
     def index0(self) -> Any:
         if not self.entry.grows:
             return self.index
-        return Count(self, self.index, self.index - len(self.run.messages))
+        return Count(self, self.index, self.index - len(self.messages))
 
     def revindex0(self) -> int:
         return len(self.items) - 1 - self.index

@@ -14,6 +14,7 @@ from cookbook.errors import RendererError
 from renderers.jinja.chat import Chat
 from renderers.jinja.incremental import IncrementalTemplate
 from renderers.jinja.loop_records import Memory
+from renderers.jinja.sandbox import compiled
 from renderers.jinja.template import Template
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -44,6 +45,11 @@ NEXT_ASSISTANT = (
 NEXT_ASSISTANT_WITH_FLAG = NEXT_ASSISTANT.replace("namespace(at=-1)", "namespace(at=-1, done=false)").replace(
     "{% if found.at < 0 %}", "{% if not found.done %}"
 )
+LAST_ASSISTANT_BY_INDEX = (
+    "{% set ns = namespace(at=-1) %}{% for i in range(messages | length - 1, -1, -1) %}"
+    "{% if messages[i].role == 'assistant' %}{% set ns.at = i %}{% break %}{% endif %}{% endfor %}"
+)
+USERS = "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
 TRACED = {
     "chatml": LOOP,
     "first": body("{{ loop.index }}{% if loop.first %}!{% endif %}"),
@@ -80,6 +86,17 @@ TRACED = {
     "with a flag": body(
         NEXT_ASSISTANT_WITH_FLAG.replace("found.at = k", "found.at = k %}{% set found.done = true")
     ),
+    "reads all messages for some": body(
+        "{% if m.role == 'tool' %}{% for n in messages %}{{ n.role }}{% endfor %}{% endif %}"
+    ),
+    "compares with the last user if there are tools": USERS
+    + body("{% if tools and m == users[-1] %}!{% endif %}"),
+    "a beginning and the rest": LAST_ASSISTANT_BY_INDEX
+    + LOOP.replace("in messages", "in messages[:ns.at + 1]")
+    + body("{% if loop.last %}!{% endif %}").replace("in messages", "in messages[ns.at + 1:]"),
+    "sets what the length was": "{% set ns = namespace(last=messages | length) %}"
+    + body("{% set ns.last = loop.index0 %}")
+    + "{{ ns.last }}",
     "generation": "{% for m in messages %}{{ m.role }}"
     "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
 }
@@ -277,6 +294,18 @@ def test_the_template_runs_about_once_per_message(name):
     assert memory.num_iterations <= 9 * 200 < memory.num_reused / 4
 
 
+def test_a_loop_that_is_run_again_each_time_is_no_longer_traced():
+    source = LOOP + RUN_OFTEN["in a nested loop"]
+    template, memory, messages = IncrementalTemplate.of(source), Memory(), conversation(40)
+    assert template is not None
+    for number in (40, *range(1, 41)):
+        expected = compiled(source).render(messages=messages[:number])
+        assert template.text(messages[:number], {}, memory) == expected
+    assert {counts.is_of_use for counts in memory.loops.values()} == {True, False}
+    assert memory.is_of_use
+    assert sum(counts.num_entries for counts in memory.loops.values()) < 2 * memory.num_runs
+
+
 @pytest.mark.cases(12)
 @pytest.mark.parametrize("order", ["backwards", "mixed"])
 @pytest.mark.parametrize("name", slow_except(QUICK, TEMPLATES))
@@ -300,6 +329,8 @@ CONDITIONS = [
     "loop.index0 % 3 == 0",
     "loop.index0 > ns.last",
     "loop.index <= ns.last",
+    "loop.index0 > 20 and ns.size > 23",
+    "m == users[-1]",
     "loop.index0 == ns.last",
     "ns.flag",
     "not ns.flag and m.role == 'assistant'",
@@ -330,6 +361,11 @@ EFFECTS = [
     "{% set ns.flag = false %}",
     "{% set ns.word = m.content %}{{ ns.word }}",
     "{{ ns.word }}",
+    "{{ ns.size }}",
+    "{% set ns.size = 3 %}",
+    "{% if loop.index0 == 12 %}{{ ns | string | length }}{% endif %}",
+    "{% if m.content == 'word 9' %}{% for n in messages %}{{ n.role[0] }}{% endfor %}{% endif %}",
+    "{% if m.content == 'word 11' %}{{ messages[3:] | length }}{{ messages[5].content }}{% endif %}",
     "{{ say(m) }}",
     "{{ loop.nextitem.content }}",
     "{{ messages[loop.index0 + 1].content }}",
@@ -340,11 +376,13 @@ EFFECTS = [
     "{% if m.content == 'word 17' %}{% continue %}{% endif %}",
     "{% if m.content == 'word 19' %}{% break %}{% endif %}",
 ]
+LISTS = [*["messages"] * 6, "messages[:ns.last + 1]", "messages[ns.last + 1:]", "users", "kept[:-1]"]
 BEFORE = [
     "{% for m in messages %}{% if CONDITION %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}",
     "{% for m in messages[::-1] %}{% set index = (messages | length - 1) - loop.index0 %}"
     "{% if not ns.flag and m.role == 'user' %}{% set ns.flag = true %}{% set ns.last = index %}{% endif %}"
     "{% endfor %}",
+    LAST_ASSISTANT_BY_INDEX.replace("{% set ns = namespace(at=-1) %}", "").replace("ns.at", "ns.last"),
     "{% for m in messages | reverse %}"
     "{% if CONDITION %}{% set ns.count = ns.count + 1 %}{% endif %}{% endfor %}",
     "{% for m in messages %}"
@@ -368,14 +406,19 @@ def random_template(choose: random.Random) -> str:
         part.replace("CONDITION", choose.choice(CONDITIONS))
         for part in choose.sample(BEFORE, choose.randint(0, 3))
     )
-    loops = [f"{{% for m in messages %}}{effects()}{{% endfor %}}" for _ in range(choose.randint(1, 2))]
+    loops = [
+        f"{{% for m in {choose.choice(LISTS)} %}}{effects()}{{% endfor %}}"
+        for _ in range(choose.randint(1, 2))
+    ]
     return (
-        "{% set ns = namespace(count=0, flag=false, last=-1, word='') %}"
+        "{% set ns = namespace(count=0, flag=false, last=-1, word='', size=messages | length) %}"
+        + USERS
+        + "{% set kept = messages %}"
         "{% macro say(m) %}[{{ m.role }}"
         "{% if ns.flag %}{% set ns.count = ns.count + 1 %}{% endif %}]{% endmacro %}"
         + before
         + "|".join(loops)
-        + choose.choice(["", "{{ ns.count }}{{ ns.flag }}{{ ns.last }}{{ ns.word }}"])
+        + choose.choice(["", "{{ ns.count }}{{ ns.flag }}{{ ns.last }}{{ ns.word }}{{ ns.size }}"])
     )
 
 
