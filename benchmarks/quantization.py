@@ -52,7 +52,7 @@ def products_in_fp8(enabled: bool) -> Iterator[None]:
     """Takes the products that CUDA devices compute, in the body."""
     usual = fp8.has_fp8_products, fp8.scaled_product
     if enabled:
-        fp8.has_fp8_products, fp8.scaled_product = lambda x_XI, layer: True, _scaled_product
+        fp8.has_fp8_products, fp8.scaled_product = lambda x_NI, layer: True, _scaled_product
     try:
         yield
     finally:

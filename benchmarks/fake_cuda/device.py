@@ -320,6 +320,8 @@ def _check_operands(name: str, args: tuple[Any, ...]) -> None:
             f"{name} of {' and '.join(sorted(map(str, dtypes)))}, in {calling_function()}: CUDA kernels take "
             f"operands of one dtype"
         )
+    if name in _FLASH and len({tensor.shape[-1] for tensor in tensors}) > 1:
+        raise FakeCudaError(f"{name} in {calling_function()}: flash attention takes heads of one size")
     if name in _FLASH and (dtypes - {torch.float16, torch.bfloat16} or args[0].shape[-1] > 256):
         raise FakeCudaError(
             f"{name} of {dtypes} with heads of {args[0].shape[-1]}, in {calling_function()}: flash attention "

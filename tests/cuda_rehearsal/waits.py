@@ -16,6 +16,10 @@ _MODEL = "cookbook/engine/model/"
 WAITS: Mapping[str, str] = {
     f"{_SAMPLING}decoders.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
     f"{_SAMPLING}decoders.py:PackedDecoder._prefill": "places are copied, log-probabilities are an answer",
+    f"{_SAMPLING}decoders.py:WholeModelDecoder.prefill": "a model's own cache takes prompts one by one",
+    f"{_SAMPLING}decoders.py:WholeModelDecoder.decode": "a model's own cache takes groups one by one",
+    f"{_SAMPLING}decoders.py:_logprobs_of": "log-probabilities of a prompt are an answer",
+    "transformers/cache_utils.py:": "a model's own cache takes groups one by one",
     f"{_SAMPLING}decode_graphs.py:DecodeGraphs.hidden_of": "nothing runs when a capture begins: once a size",
     f"{_SAMPLING}decode_graphs.py:_check_equal": "what was captured is compared: once a size",
     f"{_SAMPLING}sampler.py:_RunningBatch._draw": "a token may end its sequence: once a token for all",

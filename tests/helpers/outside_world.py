@@ -283,6 +283,7 @@ def run_varlen_attention_on_the_cpu() -> Iterator[None]:
     def attend(
         query: Any, key: Any, value: Any, starts_q: Any, starts_k: Any, window: list[int], scale: Any
     ) -> Any:
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1], "flash-attention takes heads of one size"
         outs = []
         for number in range(len(starts_q) - 1):
             part = slice(int(starts_q[number]), int(starts_q[number + 1]))

@@ -237,6 +237,13 @@ def _varlen(
     """Runs one row of packed sequences through the flash-attention kernel built into torch: [1, T, H, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
+    value_size = value_BHTD.shape[-1]
+    if value_size != (size := query_BHTD.shape[-1]):  # the kernel takes heads of one size (DeepSeek's differ)
+        scaling = size**-0.5 if scaling is None else scaling
+        query_BHTD, key_BHTD, value_BHTD = (
+            F.pad(tensor, (0, max(size, value_size) - tensor.shape[-1]))
+            for tensor in (query_BHTD, key_BHTD, value_BHTD)
+        )
     query_THD, key_THD, value_THD = (
         # an index would copy all gradients once more in the backward pass
         tensor.squeeze(0).transpose(0, 1).contiguous()
@@ -248,7 +255,7 @@ def _varlen(
         of_tree_THD: Tensor = VarlenTreeAttention.apply(
             query_THD, key_THD, value_THD, *borders, scaling, list(window)
         )
-        return of_tree_THD[None]
+        return of_tree_THD[None, ..., :value_size].contiguous()
     out_THD = varlen_attn(
         query_THD,
         key_THD,
@@ -262,7 +269,7 @@ def _varlen(
         enable_gqa=True,
     )
     assert isinstance(out_THD, Tensor)
-    return out_THD[None]
+    return out_THD[None, ..., :value_size].contiguous()
 
 
 AttentionInterface.register(NAME, packed_attention)

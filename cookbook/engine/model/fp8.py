@@ -49,8 +49,9 @@ class Fp8Linear(nn.Linear):
     """The scales of the rows: float32 [O, 1]."""
 
     def forward(self, x_XI: Tensor) -> Tensor:
-        out_XO: Tensor = _Product.apply(x_XI, self)
-        return out_XO
+        # a view that is made in the function could not be changed in place behind it, as some models do
+        out_NO: Tensor = _Product.apply(x_XI.reshape(-1, x_XI.shape[-1]), self)
+        return out_NO.view(*x_XI.shape[:-1], -1)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         return dequantized(self.weight, self.weight_scale, dtype)
@@ -60,25 +61,24 @@ class _Product(torch.autograd.Function):
     """x W^T + bias. Only x gets a gradient, and the dequantised weight is not kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x_XI: Tensor, layer: Fp8Linear) -> Tensor:
+    def forward(ctx: Any, x_NI: Tensor, layer: Fp8Linear) -> Tensor:
         ctx.layer = layer
-        if has_fp8_products(x_XI, layer):
-            out_NO = scaled_product(x_XI.reshape(-1, x_XI.shape[-1]), layer)
-            return out_NO.view(*x_XI.shape[:-1], -1)
-        return F.linear(x_XI, layer.weight_in(x_XI.dtype), layer.bias)
+        if has_fp8_products(x_NI, layer):
+            return scaled_product(x_NI, layer)
+        return F.linear(x_NI, layer.weight_in(x_NI.dtype), layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_XO: Tensor) -> Any:
-        return grad_XO @ ctx.layer.weight_in(grad_XO.dtype), None
+    def backward(ctx: Any, grad_NO: Tensor) -> Any:
+        return grad_NO @ ctx.layer.weight_in(grad_NO.dtype), None
 
 
-def has_fp8_products(x_XI: Tensor, layer: Fp8Linear) -> bool:
+def has_fp8_products(x_NI: Tensor, layer: Fp8Linear) -> bool:
     """Returns whether the device multiplies in 8 bits: compute capability 8.9 and above, in bfloat16."""
-    if not x_XI.is_cuda or x_XI.dtype != torch.bfloat16 or x_XI.numel() == 0:
+    if not x_NI.is_cuda or x_NI.dtype != torch.bfloat16 or x_NI.numel() == 0:
         return False
     if layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE:
         return False
-    return torch.cuda.get_device_capability(x_XI.device) >= (8, 9)
+    return torch.cuda.get_device_capability(x_NI.device) >= (8, 9)
 
 
 def scaled_product(x_NI: Tensor, layer: Fp8Linear) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from outside_world import run_varlen_attention_on_the_cpu
 from slow import slow_after
 from torch import Tensor, nn
@@ -154,6 +155,28 @@ def test_the_variable_length_kernel_gets_the_keys_of_each_path(seed: int, slidin
         given = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradients = torch.autograd.grad(out, qkv, given)
     expected = dense(*qkv, seen, sliding_window=sliding_window)
+    torch.testing.assert_close(out, expected)
+    for gradient, other in zip(gradients, torch.autograd.grad(expected, qkv, given), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.parametrize("sizes", [(8, 5), (5, 8)])
+def test_heads_of_values_may_have_another_size(sizes: tuple[int, int]) -> None:
+    """Those of DeepSeek do, and the kernel takes heads of one size."""
+    layout, seen = make_layout(0)
+    query, key, value = (tensor.detach() for tensor in make(len(seen), 4, 2, torch.float64))
+    parts = query[..., : sizes[0]], key[..., : sizes[0]], value[..., : sizes[1]]
+    qkv = [tensor.clone().requires_grad_() for tensor in parts]
+    with run_varlen_attention_on_the_cpu():
+        out = attention._varlen(qkv[0], qkv[1], qkv[2], layout, None, None)
+        given = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients = torch.autograd.grad(out, qkv, given)
+    keys, values = (tensor.repeat_interleave(2, dim=1) for tensor in qkv[1:])
+    is_seen = torch.zeros(len(seen), len(seen), dtype=torch.bool)
+    for place, places in enumerate(seen):
+        is_seen[place, places] = True
+    expected = F.scaled_dot_product_attention(qkv[0], keys, values, attn_mask=is_seen).transpose(1, 2)
+    assert out.shape[-1] == sizes[1]
     torch.testing.assert_close(out, expected)
     for gradient, other in zip(gradients, torch.autograd.grad(expected, qkv, given), strict=True):
         torch.testing.assert_close(gradient, other)
