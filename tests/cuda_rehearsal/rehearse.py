@@ -43,6 +43,7 @@ from cookbook.engine.sampling.requests import ScoreRequest, sample_request  # no
 from cookbook.engine.sampling.sampler import Sampler  # noqa: E402
 from cookbook.engine.training.losses import Loss  # noqa: E402
 from cookbook.engine.training.trainer import Trainer  # noqa: E402
+from cookbook.errors import ConfigError  # noqa: E402
 from cookbook.export import export  # noqa: E402
 from cookbook.export.config import ExportConfig  # noqa: E402
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams  # noqa: E402
@@ -67,6 +68,7 @@ class Rehearsal:
         self._device = device
         self._published = str(families.save(name, folder / "published"))
         self._truth = BaseModel(self._published, EngineOptions(device="cpu"))
+        self._is_in_8_bits = False
 
     @functools.cached_property
     def base(self) -> BaseModel:
@@ -85,12 +87,17 @@ class Rehearsal:
         yield "train all weights with moments in 8 bits", lambda: self.train(rank=0, optimizer_bits=8)
         yield "save, load and export all weights", lambda: self.save_and_load(rank=0)
         yield "load in 8 bits", self.load_in_8_bits
-        yield "train over weights in 8 bits", lambda: self.train(rank=4)
-        yield "sample with weights in 8 bits", self.sample
+        yield "train over weights in 8 bits", lambda: self.train(rank=4) if self._is_in_8_bits else None
+        yield "sample with weights in 8 bits", lambda: self.sample() if self._is_in_8_bits else None
 
     def load_in_8_bits(self) -> None:
-        """Takes a model whose frozen weights are in 8 bits for what follows."""
-        self.base = self._load("fp8")
+        """Takes a model whose frozen weights are in 8 bits for what follows, unless such weights are refused."""
+        try:
+            self.base = self._load("fp8")
+            self._is_in_8_bits = True
+        except ConfigError as error:
+            if not str(error).startswith("quantization "):
+                raise
 
     def sample(self) -> Recording:
         """Samples with and without limits on the tokens, and scores a text."""

@@ -43,7 +43,7 @@ def install(decoder: nn.Module) -> dict[str, int]:
     for module in modules:
         kind: Any = type(module)
         if kind.__name__.endswith("RMSNorm"):
-            norm = kind, _eps_of(module)
+            norm = kind, _eps_of(module), "weight" in module._parameters  # some of Gemma 4 have none
             if norm not in is_norm:
                 is_norm[norm] = _is_plain_norm(module)
             if is_norm[norm]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from cookbook.engine.model import fused
@@ -97,6 +98,16 @@ def test_a_norm_of_another_formula_is_left_as_it_is(norm: nn.Module) -> None:
     forward = type(norm).forward
     assert fused.install(nn.ModuleList([norm])) == {"norms": 0, "gated products": 0}
     assert type(norm).forward is forward
+
+
+def test_norms_of_one_class_with_and_without_a_weight_are_told_apart() -> None:
+    """Gemma 4 has both."""
+    norms = nn.ModuleList([Gemma4RMSNorm(8), Gemma4RMSNorm(8, with_scale=False)])
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    expected = [norm(x) for norm in norms]
+    assert fused.install(norms)["norms"] == 1
+    for norm, each in zip(norms, expected, strict=True):
+        torch.testing.assert_close(norm(x), each)
 
 
 def test_a_replaced_module_keeps_its_class_and_its_state(tmp_path: Any) -> None:
