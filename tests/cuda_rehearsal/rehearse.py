@@ -91,7 +91,7 @@ class Rehearsal:
         yield "sample with weights in 8 bits", lambda: self.sample() if self._is_in_8_bits else None
 
     def load_in_8_bits(self) -> None:
-        """Takes a model whose frozen weights are in 8 bits for what follows, unless such weights are refused."""
+        """Takes a model whose frozen weights are in 8 bits for what follows, unless these are refused."""
         try:
             self.base = self._load("fp8")
             self._is_in_8_bits = True
