@@ -33,6 +33,7 @@ from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
 from renderers.jinja.chat import Chat
 from renderers.jinja.modes import note_prompt
+from renderers.jinja.printed_calls import PrintedCalls, find
 from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, control_at_start, plain_ending
@@ -62,8 +63,8 @@ class ChatTemplateRenderer(Renderer):
       cannot print JSON, they are passed as a mapping. If it refuses a reply without content, the content is
       empty.
 
-    Tool calls in `<tool_call>` tags and thinking in `<think>` tags are parsed if the template prints them
-    that way; calls in any other markup remain in the content as text.
+    Thinking in tags is parsed, and so are tool calls in the forms of `printed_calls`, which are found by trying
+    the template. Calls in any other form remain in the content as text.
     """
 
     name = "chat_template"
@@ -89,10 +90,14 @@ class ChatTemplateRenderer(Renderer):
         prompt = self._template.text([self._template.adapted(USER)], prompt=True)
         self._thinks_in_prompt = bool(self._thinks and prompt.rstrip("\n").endswith(self._thinks[0]))
         self._begun = self._replies.before_content
-        self._parses_calls = self._prints_calls_as_hermes()
+        self._parses_calls, self._calls = self._prints_calls_as_hermes(), None
         sections = thinking_sections(self._thinks, self._thinks_in_prompt) if self._thinks else PLAIN
         sections = _with_beginning(sections, self._begun) if self._begun else sections
-        sections = with_call_sections(sections) if self._parses_calls else sections
+        if self._parses_calls:
+            sections = with_call_sections(sections)
+        elif self._template.prints_calls and (calls := find(self._printed_reply)) is not None:
+            with_calls = _with_calls(sections, calls, self._begun)
+            self._calls, sections = (calls, with_calls) if with_calls else (None, sections)
         if self._before_stop:
             sections = with_section_behind_content(sections, "ended", [self._before_stop])
         self.reply_sections = sections
@@ -134,6 +139,17 @@ class ChatTemplateRenderer(Renderer):
             said = self._replies.turn(Chat(self._template, [USER, dict(message)], None), 1).said
             return self._parse(said.removesuffix(self._plain.written), True) == (message, True)
         return False
+
+    def _printed_reply(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str | None:
+        """Returns what the template prints for a reply, without its thought and its end; None if it raises."""
+        message: Any = {"role": "assistant", "content": text, "tool_calls": calls}
+        with suppress(RendererError):
+            prepared = self._prepare([USER, message], None)
+            said = self._replies.turn(Chat(self._template, prepared.messages, None), 1).said
+            stop = next((stop for stop in self._stops if said.endswith(stop)), "")
+            said = said.removesuffix(stop).removesuffix(self._before_stop)
+            return str(self._parse(said, False)[0]["content"])
+        return None
 
     def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> ChatTemplateRenderer:
         if not template_kwargs:
@@ -453,6 +469,8 @@ class ChatTemplateRenderer(Renderer):
         text, ended = self._decode(tokens, self._stops.values())
         text = text.removesuffix(self._before_stop)
         message, well_formed = self._parse(text, self._parses_calls)
+        if self._calls is not None and well_formed:
+            message, well_formed = self._with_printed_calls(message, self._calls, tokens)
         return (message, ended) if well_formed else ({"role": "assistant", "content": text}, False)
 
     def _parse(self, text: str, parses_calls: bool) -> tuple[Message, bool]:
@@ -466,6 +484,43 @@ class ChatTemplateRenderer(Renderer):
         if parses_calls:
             message, well_formed = with_calls(message)
         return message, closed and well_formed
+
+
+    def _with_printed_calls(
+        self, message: Message, calls: PrintedCalls, tokens: Sequence[int]
+    ) -> tuple[Message, bool]:
+        """Returns a message with the calls in its content, and whether they are well-formed.
+
+        Text that spells the control tokens of calls holds none.
+        """
+        controls = {
+            self._encoder.ids[control] for mark in calls.marks for control in self._encoder.control.findall(mark)
+        }
+        if not controls <= {*tokens}:
+            return message, True
+        found = calls.parse(str(message["content"]))
+        if found is None:
+            return message, not controls
+        return {**message, "content": found[0], "tool_calls": found[1]}, True
+
+
+def _with_calls(sections: Sections, calls: PrintedCalls, begun: str) -> Sections | None:
+    """Returns the sections with those of calls, or None if a stream could not tell calls from text."""
+    start = sections[START]
+    if not calls.alone.first.strip():  # a reply of calls begins with no mark
+        if start.field != "content":
+            return None
+        opening = calls.alone.opening
+        if opening:
+            sections = {
+                **sections,
+                START: dataclasses.replace(start, begins={**start.begins, opening: "calls"}),
+            }
+        elif begun.strip():  # one that is text has another beginning
+            sections = {**sections, START: dataclasses.replace(start, field=None)}
+        else:
+            return None
+    return with_section_behind_content(sections, "calls", calls.marks, rstrip=calls.spaces)
 
 
 def _with_beginning(sections: Sections, begun: str) -> Sections:
