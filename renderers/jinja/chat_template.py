@@ -92,6 +92,10 @@ class ChatTemplateRenderer(Renderer):
         self._begun = self._replies.before_content
         self._parses_calls, self._calls = self._prints_calls_as_hermes(), None
         sections = thinking_sections(self._thinks, self._thinks_in_prompt) if self._thinks else PLAIN
+        if self._thinks and self._thinks[0] in sections[START].begins:  # GLM-4.5 begins with a new line
+            start = sections[START]
+            begins = {**start.begins, f"\n{self._thinks[0]}": start.begins[self._thinks[0]]}
+            sections = {**sections, START: dataclasses.replace(start, begins=begins)}
         sections = _with_beginning(sections, self._begun) if self._begun else sections
         if self._parses_calls:
             sections = with_call_sections(sections)
@@ -341,6 +345,12 @@ class ChatTemplateRenderer(Renderer):
                     f"The chat template does not print tool calls (message {number}){why}. Write them in the "
                     "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
+        if chat.tools and self._template.needs_system_for_tools:
+            if not any(message["role"] == "system" for message in chat.messages):
+                raise RendererError(
+                    f"The chat template prints tools only behind a system message ({len(chat.tools)} given). Add "
+                    "a system message, or remove the tools."
+                )
         if chat.is_whole:
             chat.known.add("printed")
 
@@ -478,6 +488,7 @@ class ChatTemplateRenderer(Renderer):
         message: Message = {"role": "assistant", "content": text}
         closed = well_formed = True
         if self._thinks:
+            text = text[1:] if text.startswith(f"\n{self._thinks[0]}") else text
             message, closed = parse_thinking(text, self._thinks_in_prompt, self._thinks)
             if self._begun.strip() and message["content"] != text:
                 message = {**message, "content": str(message["content"]).removeprefix(self._begun)}

@@ -6,13 +6,15 @@ markup. These forms are known, each with any markup around it:
 - a JSON list of all calls, `[TOOL_CALLS][{"name": "f", "arguments": {"k": 1}}]`;
 - a JSON object for each call, with these or other keys, or with the name as its only key;
 - the name, the id, or both, and the arguments as a JSON object: `<function=f>{"k": 1}</function>`;
-- the name, and each argument between tags of its own: `<function=f><parameter=k>1</parameter></function>`.
+- the name, and each argument between tags of its own: `<function=f><parameter=k>1</parameter></function>`;
+- calls as in Python, with values as in JSON or Python: `[f(k="v", n=1), g()]`.
 
 A form counts only if the calls that it was found from are parsed from what the template prints for them.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +44,9 @@ class Tags(NamedTuple):
     """What surrounds arguments that stand one by one."""
 
     before_key: str
-    before_value: str
+    before_text: str
+    before_other: str
+    """What stands between a key and its value, which may show whether that is a string."""
     behind_value: str
     print_value: ValuePrinter
 
@@ -64,6 +68,7 @@ class Form(NamedTuple):
     tags: Tags | None = None
     opening: str = ""
     """What a JSON value begins with, up to the name of the first call."""
+    is_python: bool = False
 
     def parse(self, text: str) -> list[Call] | None:
         """Returns the calls of a text that has only calls; None for any other text."""
@@ -96,6 +101,8 @@ class Form(NamedTuple):
 
     def _call(self, text: str, position: int) -> tuple[Call, int]:
         """Returns a call and where it ends. Raises ValueError if there is none."""
+        if self.is_python:
+            return _python_call(text, position)
         if self.model is not None:
             value, position = _DECODER.raw_decode(text, position)
             return self._read(value), position
@@ -122,16 +129,24 @@ class Form(NamedTuple):
 
     def _read_tagged(self, text: str, position: int) -> tuple[dict[str, Any], int]:
         assert self.tags is not None
-        before_key, before_value, behind_value, print_value = self.tags
+        before_key, before_text, before_other, behind_value, print_value = self.tags
+        shows_kind = before_text != before_other
         arguments: dict[str, Any] = {}
         while text.startswith(before_key, position):
             start = position + len(before_key)
-            end = text.index(before_value, start)
-            key, start = text[start:end], end + len(before_value)
-            if key in arguments or "\n" in key or "<" in key:
+            found = re.compile(f"{re.escape(before_text)}|{re.escape(before_other)}").search(text, start)
+            if found is None or text[start : found.start()] in arguments:
+                raise ValueError("no key")
+            key, start = text[start : found.start()], found.end()
+            if re.search(r"[\n<>]", key):
                 raise ValueError("no key")
             end = text.index(behind_value, start)
-            arguments[key] = read_value(text[start:end], print_value)
+            printed = text[start:end]
+            if shows_kind:
+                is_text = found[0] == before_text
+                arguments[key] = printed if is_text else json.loads(printed, parse_constant=refuse_constant)
+            else:
+                arguments[key] = _read(printed, print_value)
             position = end + len(behind_value)
         return arguments, position
 
@@ -169,7 +184,9 @@ def find(print_reply: Print) -> PrintedCalls | None:
         return None
     printed = print_reply(TEXT, _calls(1))
     behind, spaces = None, ""
-    if printed is not None and printed.startswith(TEXT):
+    if printed is not None and TEXT in printed and not printed.startswith(TEXT):
+        return None
+    if printed is not None and TEXT in printed:
         rest = printed[len(TEXT) :]
         spaces = rest[: len(rest) - len(rest.lstrip())]
         behind = _form(lambda calls: _without(f"{TEXT}{spaces}", print_reply(TEXT, calls)))
@@ -228,6 +245,15 @@ def _made(found: dict[str, Any]) -> Call:
     return {**call, "id": found[_ID]} if isinstance(found.get(_ID), str) else call
 
 
+def _read(text: str, print_value: ValuePrinter) -> Any:
+    """Returns the value that is printed as the text; lists and mappings may be printed as Python does."""
+    if print_value is str and text[:1] in ("[", "{"):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = ast.literal_eval(text)
+            return value if str(value) == text else text
+    return read_value(text, print_value)
+
+
 # -- finding a form ---------------------------------------------------------------------------
 
 
@@ -236,7 +262,7 @@ def _form(printed_for: Callable[[Sequence[Call]], str | None]) -> Form | None:
     one, two = (printed_for(_calls(number)) for number in (1, 2))
     if one is None:
         return None
-    for find_form in (_json_form, _field_form, _tag_form):
+    for find_form in (_json_form, _field_form, _tag_form, _python_form):
         with suppress(ValueError, IndexError, RecursionError):
             form = find_form(one, two, printed_for)
             if form is not None:
@@ -251,12 +277,17 @@ def _json_form(one: str, two: str | None, printed_for: Any) -> Form | None:
         model = _model(value[0] if is_list else value, call)
         if model is None:
             continue
+        if two is not None:
+            second = _all_calls(two)[1]
+            model = _common(model, _model(second, _calls(2)[1]))
         opening = one[start : one.index(_NAMES[0], start)]
         if is_list:
             return Form(one[:start], "", one[end:], (), (), model, True, None, opening)
         between = ""
         if two is not None:
             spans = [span for span in _json_values(two) if _has_name(span[0])]
+            if len(spans) != 2:
+                return None
             between = two[spans[0][2] : spans[1][1]]
         return Form(one[:start], between, one[end:], (), (), model, False, None, opening)
     return None
@@ -273,6 +304,21 @@ def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
             continue
         yield value, match.start(), end
         position = end
+
+
+def _all_calls(text: str) -> list[Any]:
+    """Returns the JSON values of the calls in a text."""
+    values = [value for value, _, _ in _json_values(text) if _has_name(value)]
+    return values[0] if isinstance(values[0], list) else values
+
+
+def _common(model: Any, other: Any) -> Any:
+    """Returns the model of two calls: what differs is a number of the call, which may be anything."""
+    if model == other:
+        return model
+    if isinstance(model, dict) and isinstance(other, dict) and model.keys() == other.keys():
+        return {key: _common(part, other[key]) for key, part in model.items()}
+    return _Sentinel("number")
 
 
 def _has_name(value: Any) -> bool:
@@ -387,21 +433,19 @@ def _tag_form(one: str, two: str | None, printed_for: Any) -> Form | None:
     for part in (_KEYS[0], values[0], _KEYS[1], values[1]):
         literal, _, rest = rest.partition(part)
         literals.append(literal)
-    behind_name, before_value, between, second_value = literals
-    if second_value != before_value:
-        return None
+    behind_name, before_text, between, before_other = literals
     before_key = _common_suffix(behind_name, between)
     behind_value, middle = between.removesuffix(before_key), behind_name.removesuffix(before_key)
-    if not before_key.strip() or not behind_value or not before_value or not rest.startswith(behind_value):
+    if not before_key.strip() or not behind_value or not before_text or not rest.startswith(behind_value):
         return None
     last = rest.removeprefix(behind_value)
     if none != f"{first}{name}{middle}{last}":
         return None
-    printers = (print_as_json, print_as_python)
+    printers = (print_as_json, print_as_python, str)
     expected = [
         f"{first}{name}{middle}"
         + "".join(
-            f"{before_key}{key}{before_value}{print_value(value)}{behind_value}"
+            f"{before_key}{key}{before_other}{print_value(value)}{behind_value}"
             for key, value in ((_KEYS[0], True), (_KEYS[1], [1, "a"]))
         )
         + last
@@ -409,16 +453,61 @@ def _tag_form(one: str, two: str | None, printed_for: Any) -> Form | None:
     ]
     if typed not in expected:
         return None
-    tags = Tags(before_key, before_value, behind_value, printers[expected.index(typed)])
+    tags = Tags(before_key, before_text, before_other, behind_value, printers[expected.index(typed)])
     form = Form(first, "", last, (_NAME, _ARGUMENTS), (middle,), tags=tags)
     if two is None:
         return form
     # `last` ends the call and, behind the last one, all calls: how much of it is between two shows the second.
-    body = f"{before_key}{_KEYS[0]}{before_value}{values[0]}{behind_value}{before_key}{_KEYS[1]}{before_value}"
+    body = f"{before_key}{_KEYS[0]}{before_text}{values[0]}{behind_value}{before_key}{_KEYS[1]}{before_other}"
     head = f"{first}{name}{middle}{body}{values[1]}{behind_value}"
     if not two.startswith(head):
         return None
     return form._replace(between=two[len(head) : two.index(_NAMES[1])])
+
+
+def _python_form(one: str, two: str | None, printed_for: Any) -> Form | None:
+    """Returns the form of calls as in Python."""
+    start = one.index(f"{_NAMES[0]}(")
+    end = _python_call(one, start)[1]
+    between = ""
+    if two is not None:
+        between = two[_python_call(two, two.index(f"{_NAMES[0]}("))[1] : two.index(f"{_NAMES[1]}(")]
+    return Form(one[:start], between, one[end:], (), (), is_python=True)
+
+
+_PYTHON_NAME = re.compile(r"[A-Za-z_][\w.\-]*(?=\()")
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+
+
+def _python_call(text: str, position: int) -> tuple[Call, int]:
+    """Returns the call at a position of a text, and where it ends. Raises ValueError if there is none."""
+    name = _PYTHON_NAME.match(text, position)
+    end = name.end() if name else -1
+    while name and (end := text.find(")", end) + 1):
+        try:
+            call = ast.parse(f"f{text[name.end() : end]}", mode="eval").body
+        except (SyntaxError, ValueError, MemoryError):
+            continue
+        if not isinstance(call, ast.Call) or call.args or any(each.arg is None for each in call.keywords):
+            break
+        arguments = {str(each.arg): _python_value(each.value) for each in call.keywords}
+        return _made({_NAME: name[0], _ARGUMENTS: arguments}), end
+    raise ValueError("no call")
+
+
+def _python_value(node: ast.expr) -> Any:
+    """Returns the value of an expression that holds no names but those of JSON's constants."""
+    if isinstance(node, ast.Name) and node.id in _JSON_NAMES:
+        return _JSON_NAMES[node.id]
+    if isinstance(node, ast.List):
+        return [_python_value(each) for each in node.elts]
+    if isinstance(node, ast.Dict):
+        keys = [_python_value(key) for key in node.keys if key is not None]
+        return dict(zip(keys, map(_python_value, node.values), strict=True))
+    value = ast.literal_eval(node)
+    if not isinstance(value, (str, int, float, bool, type(None))):
+        raise ValueError("no value of JSON")
+    return value
 
 
 def _common_suffix(one: str, other: str) -> str:

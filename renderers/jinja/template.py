@@ -220,7 +220,15 @@ class Template:
         return self._printed_roles[role]
 
     def prints_tools(self) -> bool:
-        """Returns whether the template prints descriptions of tools."""
+        """Returns whether the template prints descriptions of tools, if only behind a system message."""
+        return self._prints_tools(_USER) or self.needs_system_for_tools
+
+    @cached_property
+    def needs_system_for_tools(self) -> bool:
+        """Whether the template prints descriptions of tools only if there is a system message."""
+        return not self._prints_tools(_USER) and self._prints_tools({"role": "system", "content": "x"}, _USER)
+
+    def _prints_tools(self, *messages: PlainMessage) -> bool:
         some = {"k": {"type": "string", "description": "x"}}
         for properties in ({}, some):
             function = {
@@ -229,7 +237,8 @@ class Template:
                 "parameters": {"type": "object", "properties": properties},
             }
             with suppress(RendererError):
-                return SENTINEL in self._tried([_USER], [{"type": "function", "function": function}])
+                text = self._tried([*messages], [{"type": "function", "function": function}])
+                return SENTINEL in text or repr(SENTINEL)[1:-1] in text
         return False
 
     @cached_property
