@@ -148,7 +148,8 @@ class ChatTemplateRenderer(Renderer):
         """Returns what the template prints for a reply, without its thought and its end; None if it raises."""
         message: Any = {"role": "assistant", "content": text, "tool_calls": calls}
         with suppress(RendererError):
-            prepared = self._prepare([USER, message], None)
+            messages: list[Any] = [USER, message]
+            prepared = self._prepare(messages, None)
             said = self._replies.turn(Chat(self._template, prepared.messages, None), 1).said
             stop = next((stop for stop in self._stops if said.endswith(stop)), "")
             said = said.removesuffix(stop).removesuffix(self._before_stop)
