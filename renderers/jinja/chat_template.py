@@ -63,8 +63,8 @@ class ChatTemplateRenderer(Renderer):
       cannot print JSON, they are passed as a mapping. If it refuses a reply without content, the content is
       empty.
 
-    Thinking in tags is parsed, and so are tool calls in the forms of `printed_calls`, which are found by trying
-    the template. Calls in any other form remain in the content as text.
+    Thinking in tags is parsed, and so are tool calls in the forms of `printed_calls`, which are found by
+    trying the template. Calls in any other form remain in the content as text.
     """
 
     name = "chat_template"
@@ -145,7 +145,7 @@ class ChatTemplateRenderer(Renderer):
         return False
 
     def _printed_reply(self, text: str, calls: Sequence[Mapping[str, Any]]) -> str | None:
-        """Returns what the template prints for a reply, without its thought and its end; None if it raises."""
+        """Returns what the template prints for a reply, without thought and end; None if it raises."""
         message: Any = {"role": "assistant", "content": text, "tool_calls": calls}
         with suppress(RendererError):
             messages: list[Any] = [USER, message]
@@ -346,12 +346,12 @@ class ChatTemplateRenderer(Renderer):
                     f"The chat template does not print tool calls (message {number}){why}. Write them in the "
                     "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
-        if chat.tools and self._template.needs_system_for_tools:
-            if not any(message["role"] == "system" for message in chat.messages):
-                raise RendererError(
-                    f"The chat template prints tools only behind a system message ({len(chat.tools)} given). Add "
-                    "a system message, or remove the tools."
-                )
+        has_system = any(message["role"] == "system" for message in chat.messages)
+        if chat.tools and self._template.needs_system_for_tools and not has_system:
+            raise RendererError(
+                f"The chat template prints tools only behind a system message ({len(chat.tools)} given). "
+                "Add a system message, or remove the tools."
+            )
         if chat.is_whole:
             chat.known.add("printed")
 
@@ -497,7 +497,6 @@ class ChatTemplateRenderer(Renderer):
             message, well_formed = with_calls(message)
         return message, closed and well_formed
 
-
     def _with_printed_calls(
         self, message: Message, calls: PrintedCalls, tokens: Sequence[int]
     ) -> tuple[Message, bool]:
@@ -506,7 +505,9 @@ class ChatTemplateRenderer(Renderer):
         Text that spells the control tokens of calls holds none.
         """
         controls = {
-            self._encoder.ids[control] for mark in calls.marks for control in self._encoder.control.findall(mark)
+            self._encoder.ids[control]
+            for mark in calls.marks
+            for control in self._encoder.control.findall(mark)
         }
         if not controls <= {*tokens}:
             return message, True

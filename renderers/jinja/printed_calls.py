@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from renderers.formats.tagged_calls import (
@@ -325,7 +326,8 @@ def _has_name(value: Any) -> bool:
     return any(f'"{name}"' in json.dumps(value) for name in _NAMES)
 
 
-_Sentinel = NamedTuple("_Sentinel", [("field", str)])
+class _Sentinel(NamedTuple):
+    field: str
 
 
 def _model(value: Any, call: Call) -> Any:
@@ -341,7 +343,9 @@ def _model(value: Any, call: Call) -> Any:
             return _Sentinel(_ID)
         if isinstance(part, _Sentinel):
             return part
-        if part == function["arguments"] or (isinstance(part, str) and _is_json_of(part, function["arguments"])):
+        if part == function["arguments"] or (
+            isinstance(part, str) and _is_json_of(part, function["arguments"])
+        ):
             fields.add(_ARGUMENTS)
             return _Sentinel(_ARGUMENTS)
         if isinstance(part, dict):
@@ -359,7 +363,7 @@ def _is_json_of(text: str, value: Any) -> bool:
 
 
 def _match(model: Any, value: Any, found: dict[str, Any]) -> None:
-    """Puts the parts of `value` at the sentinels of `model` into `found`. Raises ValueError if they differ."""
+    """Puts the parts of `value` at the model's sentinels into `found`. Raises ValueError if they differ."""
     if isinstance(model, _Sentinel):
         found[model.field] = value
         return
@@ -417,7 +421,7 @@ def _fields(text: str, call: Call, position: int) -> tuple[str, tuple[str, ...],
             places.append((_ID, before.index(call["id"]), before.index(call["id"]) + len(call["id"])))
         places.sort(key=lambda place: place[1])
     places.append((_ARGUMENTS, start - position, end - position))
-    literals = [before[one[2] : other[1]] for one, other in zip(places, places[1:], strict=False)]
+    literals = [before[one[2] : other[1]] for one, other in pairwise(places)]
     return before[: places[0][1]], tuple(p[0] for p in places), tuple(literals), end
 
 
@@ -457,7 +461,7 @@ def _tag_form(one: str, two: str | None, printed_for: Any) -> Form | None:
     form = Form(first, "", last, (_NAME, _ARGUMENTS), (middle,), tags=tags)
     if two is None:
         return form
-    # `last` ends the call and, behind the last one, all calls: how much of it is between two shows the second.
+    # `last` ends the last call and all calls; what is between two calls shows how much of it ends a call.
     body = f"{before_key}{_KEYS[0]}{before_text}{values[0]}{behind_value}{before_key}{_KEYS[1]}{before_other}"
     head = f"{first}{name}{middle}{body}{values[1]}{behind_value}"
     if not two.startswith(head):

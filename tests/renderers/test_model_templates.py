@@ -335,7 +335,9 @@ def test_calls_in_the_form_of_the_template_are_parsed(renderer_of, tokenizer_for
     trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
     found, is_whole = renderer.parse_response(trained)
     assert (is_whole, found["content"]) == (True, "")
-    assert [call["function"] for call in found["tool_calls"]] == [{"name": "time", "arguments": {"city": "Oslo"}}]
+    assert [call["function"] for call in found["tool_calls"]] == [
+        {"name": "time", "arguments": {"city": "Oslo"}}
+    ]
 
 
 def test_templates_without_a_place_for_tools_refuse_them(renderer_of, tokenizer_for):

@@ -33,11 +33,12 @@ FORMS = {
     "<parameter={{ k }}>\n{{ v if v is string else v | tojson }}\n</parameter>\n{% endfor %}</function>\n"
     "</tool_call>{% endfor %}",
     "keys and values": CALLS + "<tool_call>{{ f.name }}{% for k, v in f.arguments.items() %}<arg_key>{{ k }}"
-    "</arg_key><arg_value>{{ v if v is string else v | tojson }}</arg_value>{% endfor %}</tool_call>{% endfor %}",
+    "</arg_key><arg_value>{{ v if v is string else v | tojson }}</arg_value>{% endfor %}</tool_call>"
+    "{% endfor %}",
     "tags that show strings": "{% if m.tool_calls %}<calls>"
     + CALLS
     + '<invoke name="{{ f.name }}">{% for k, v in f.arguments.items() %}<parameter name="{{ k }}" string='
-    "{% if v is string %}\"true\">{{ v }}{% else %}\"false\">{{ v | tojson }}{% endif %}</parameter>{% endfor %}"
+    '{% if v is string %}"true">{{ v }}{% else %}"false">{{ v | tojson }}{% endif %}</parameter>{% endfor %}'
     "</invoke>{% endfor %}</calls>{% endif %}",
     "numbered objects": "{% if m.tool_calls %}<act>["
     + CALLS
@@ -55,7 +56,9 @@ CHATS = [
 
 def template(calls: str) -> str:
     return (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + calls + "<|im_end|>\n{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        + calls
+        + "<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 
@@ -90,13 +93,21 @@ def test_calls_that_a_template_prints_are_parsed_back(form: str, small_tokenizer
 @pytest.mark.parametrize("form", FORMS)
 def test_text_that_is_not_quite_a_call_stays_text(form: str, small_tokenizer: Callable[..., Any]) -> None:
     renderer = get_renderer("chat_template", small_tokenizer(template(FORMS[form])))
-    for text in ('See <function=f>{"k": 1', "[TOOL_CALLS] is a token", "[CALL]f[ID]", "<call></call> <calls>"):
+    for text in (
+        'See <function=f>{"k": 1',
+        "[TOOL_CALLS] is a token",
+        "[CALL]f[ID]",
+        "<call></call> <calls>",
+    ):
         tokens = renderer.tokenizer(f"{text}<|im_end|>", add_special_tokens=False).input_ids
         assert renderer.parse_response(tokens) == ({"role": "assistant", "content": text}, True)
 
 
 def test_calls_in_any_other_form_remain_text(small_tokenizer: Callable[..., Any]) -> None:
-    form = CALLS + "call:{{ f.name }}{% for k, v in f.arguments.items() %} {{ k }}~{{ v }}{% endfor %};{% endfor %}"
+    form = (
+        CALLS
+        + "call:{{ f.name }}{% for k, v in f.arguments.items() %} {{ k }}~{{ v }}{% endfor %};{% endfor %}"
+    )
     renderer = get_renderer("chat_template", small_tokenizer(template(form)))
     tokens = renderer.tokenizer("call:f k~1;<|im_end|>", add_special_tokens=False).input_ids
     assert renderer.parse_response(tokens) == ({"role": "assistant", "content": "call:f k~1;"}, True)
@@ -130,4 +141,7 @@ def test_thinking_behind_a_new_line_is_parsed(small_tokenizer: Callable[..., Any
     message = {"role": "assistant", "reasoning_content": "Two.", "content": "4"}
     assert renderer.parse_response(tokens) == (message, True)
     deltas = renderer.parse_stream().feed(tokens)
-    assert {delta.field: delta.text.strip() for delta in deltas} == {"reasoning_content": "Two.", "content": "4"}
+    assert {delta.field: delta.text.strip() for delta in deltas} == {
+        "reasoning_content": "Two.",
+        "content": "4",
+    }
