@@ -7,7 +7,7 @@ import re
 import pytest
 from families import FAMILIES
 from family_checks import COLUMNS
-from family_table import REFUSED
+from family_table import REFUSED, WITHOUT_ROW
 from models_page import (
     FAILED,
     NOT_REACHED,
@@ -19,6 +19,7 @@ from models_page import (
     row_of,
     rows_of_page,
 )
+from transformers.models.auto import modeling_auto as auto
 
 ROWS = rows_of_page()
 TIME = re.compile(r"\d+\.\d\d( of the time)?")
@@ -28,6 +29,25 @@ def test_the_page_has_every_family_in_order() -> None:
     assert list(ROWS) == list(FAMILIES)
     assert list(refusals_of_page()) == list(REFUSED)
     assert PAGE.read_text(encoding="utf-8") == page_of(ROWS, refusals_of_page())
+
+
+def test_every_type_of_model_that_writes_text_has_a_row_or_a_reason() -> None:
+    """The truth are the classes that transformers lists for its own pipelines."""
+    mappings = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+    types = {model_type for mapping in mappings for model_type in mapping}
+    tried = [*FAMILIES.values(), *REFUSED.values()]
+    with_row = {family.model_type for family in tried} | {
+        str((family.text or {}).get("model_type", "")) for family in tried
+    }
+    without = " ".join(WITHOUT_ROW.values()).split()
+    assert len(without) == len({*without})
+    assert {*without} == types - with_row
 
 
 @pytest.mark.cases(2)

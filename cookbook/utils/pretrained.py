@@ -171,15 +171,18 @@ def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    mappings = (
+    mappings = [
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         auto.MODEL_FOR_CAUSAL_LM_MAPPING,
         auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    )
+    ]
     names = {
         *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
         *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
     }
+    if not config.is_encoder_decoder:  # Audio Flamingo 3 is only there
+        mappings.append(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+        names |= {*auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
     mapped: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     named: list[Any] = [
         getattr(transformers, name, None) for name in config.architectures or () if name in names

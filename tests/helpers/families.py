@@ -36,13 +36,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
 )
 
 
 def make(name: str) -> Any:
     """Returns a model of the family with the same random weights each time, in evaluation mode."""
     family = (FAMILIES | REFUSED)[name]
-    autos = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+    autos = (
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,  # Audio Flamingo 3
+    )
     config = _config(family)
     auto = next(auto for auto in autos if type(config) in auto._model_mapping)
     if family.text is None and type(config) in AutoModelForCausalLM._model_mapping:

@@ -971,6 +971,33 @@ FAMILIES: dict[str, TinyFamily] = {
     "granite_speech_plus": multimodal("granite_speech_plus"),
     "glmasr": multimodal("glmasr"),
     "moss_transcribe_diarize": multimodal("moss_transcribe_diarize"),
+    "audioflamingo3": multimodal("audioflamingo3"),
+    "musicflamingo": multimodal("musicflamingo"),
+    "fun_asr_nano": multimodal(
+        "fun_asr_nano",
+        audio_config={"num_timestamp_prediction_layers": 1, "num_stacked_frames": 2, "num_hidden_layers": 3},
+        adaptor_config={"hidden_size": 32, "intermediate_size": 8, "projector_hidden_size": 24},
+    ),
+    "granite4_vision": multimodal(
+        "granite4_vision",
+        text={**_GRANITE, "num_hidden_layers": 4},
+        vision={**_SIGLIP, "hidden_size": 64},
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 2, 3],
+        qformer_config={"num_hidden_layers": 1},
+    ),
+    "nemo_speechlm": multimodal(
+        "nemo_speechlm",
+        text=_NEMOTRON_H,
+        audio_config={
+            "diarization_config": {
+                "audio_config": {"hidden_size": 16},
+                "head_config": {"audio_hidden_size": 16},
+            }
+        },
+        word_timestamp_config={"blank_token_id": 31},
+    ),
     "gpt_neox_japanese": text_model("gpt_neox_japanese"),
     "openai_gpt": text_model("openai-gpt"),
     "gpt_sw3": text_model("gpt-sw3"),
@@ -1105,3 +1132,26 @@ REFUSED: dict[str, TinyFamily] = {
     ),
 }
 """Families that are refused when they are loaded, with a reason."""
+
+WITHOUT_ROW: dict[str, str] = {
+    "An encoder reads the whole prompt, so they do not continue a text": "bart bigbird_pegasus blenderbot "
+    "blenderbot-small canary cohere_asr dia encoder-decoder florence2 fsmt led longt5 m2m_100 marian mbart "
+    "moonshine moonshine_streaming mt5 musicgen musicgen_melody mvp nllb-moe pegasus pegasus_x pix2struct plbart "
+    "pop2piano pp_formulanet prophetnet seamless_m4t seamless_m4t_v2 speech-encoder-decoder speech_to_text "
+    "speecht5 switch_transformers t5 t5gemma t5gemma2 trocr udop umt5 vision-encoder-decoder whisper",
+    "Encoders with a class that continues text, which no chat model was published in; not tried": "bert "
+    "bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+    "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod",
+    "Decoders older than chat models, or that read bytes; not tried": "blt cpmant reformer xlm xlnet",
+    "They write sound, or move robots": "moshi pi0 vibevoice",
+    "Text follows sound, step by step; not tried": "kyutai_speech_to_text",
+    "Captions and answers about pictures, videos and proteins; not tried on text alone": "blip evolla git "
+    "idefics instructblipvideo",
+    "A block of text is written at once, by diffusion": "diffusion_gemma",
+    "Drafts for another model, whose states they read": "gemma4_assistant gemma4_unified_assistant",
+    "Their towers need timm and torchvision, which the environment of the tests does not have": "fast_vlm "
+    "gemma3n perception_lm",
+    "Their class has a row under another name": "pp_chart2table shieldgemma2",
+    "It joins several models, and is refused with how to save the part that has a row": "qwen3_omni_moe",
+}
+"""The model types of transformers with a class that writes text, and why they have no row, by reason."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import families
 from families import FAMILIES
 from family_checks import COLUMNS, Subject
-from family_table import REFUSED
+from family_table import REFUSED, WITHOUT_ROW
 
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
@@ -47,6 +47,9 @@ layers without RoPE. Tiny models show that the computation is right. They do not
 _REFUSED = """
 These are refused when they are loaded, with the error that follows the class. A model that reads its prompt
 in both directions would be trained with attention to the tokens that it has to predict.
+"""
+_WITHOUT_ROW = """
+transformers has other classes that write text. They have no row for these reasons:
 """
 _FOOT = """
 The models are in [tests/helpers/family_table.py](../tests/helpers/family_table.py), and the comparisons in
@@ -144,7 +147,13 @@ def page_of(rows: Mapping[str, Mapping[str, str]], refusals: Mapping[str, str]) 
     lines += [f"| `{name}` | {' | '.join(rows[name].values())} |" for name in rows]
     lines += ["", _REFUSED.rstrip("\n"), ""]
     lines += [f"- `{name}`, {refusal}" for name, refusal in refusals.items()]
+    lines += [_WITHOUT_ROW]
+    lines += [f"- {reason}: {', '.join(map(_code, names.split()))}." for reason, names in WITHOUT_ROW.items()]
     return "\n".join(lines) + "\n" + _FOOT.format(not_reached=NOT_REACHED)
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
 
 
 def main(names: Sequence[str], num_processes: int) -> None:
