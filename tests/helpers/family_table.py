@@ -1138,7 +1138,8 @@ WITHOUT_ROW: dict[str, str] = {
     "blenderbot-small canary cohere_asr dia encoder-decoder florence2 fsmt led longt5 m2m_100 marian mbart "
     "moonshine moonshine_streaming mt5 musicgen musicgen_melody mvp nllb-moe pegasus pegasus_x pix2struct "
     "plbart pop2piano pp_formulanet prophetnet seamless_m4t seamless_m4t_v2 speech-encoder-decoder "
-    "speech_to_text speecht5 switch_transformers t5 t5gemma t5gemma2 trocr udop umt5 vision-encoder-decoder whisper",
+    "speech_to_text speecht5 switch_transformers t5 t5gemma t5gemma2 trocr udop umt5 "
+    "vision-encoder-decoder whisper",
     "Encoders with a class that continues text, which no chat model was published in; not tried": "bert "
     "bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
     "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod",
