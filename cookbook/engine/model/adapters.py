@@ -21,6 +21,7 @@ from cookbook.engine.model import (
     expert_lora,
     fsdp,
     full_weights,
+    input_groups,
     peft_layers,
     peft_names,
     peft_targets,
@@ -29,6 +30,7 @@ from cookbook.engine.model import (
 from cookbook.engine.model import lora as fused_lora
 from cookbook.engine.model.dropout import DropoutKeys
 from cookbook.engine.model.targets import find_targets, unused_layers
+from cookbook.engine.model.text_part import text_decoder
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 from cookbook.utils import pretrained
@@ -68,6 +70,8 @@ class Adapters:
         self._numbers = itertools.count()
         self.targets = find_targets(model)
         """What the model has to put an adapter on."""
+        self.input_groups: set[input_groups.Names] = set()
+        """The names of layers that read one tensor."""
         self._readable: set[tuple[str, ...]] = set()
         """Choices of targets on which PEFT reads an adapter. Snapshots for sampling repeat one of them."""
         self.dropout_keys = DropoutKeys()
@@ -99,7 +103,7 @@ class Adapters:
         self._put_on(name, lora, targets, config)
         if lora.dropout:
             dropout.install(self._model, name, lora.dropout, self.dropout_keys)
-        fused_lora.fuse(self._model)
+        fused_lora.fuse(self._model, self.input_groups)
         expert_lora.fuse(self._model)
         peft_layers.replace_token_rows(self._model)
         self._active = None
@@ -257,9 +261,16 @@ class Adapters:
             self._active = adapter_name
 
     @contextlib.contextmanager
-    def noting_unused_layers(self) -> Iterator[None]:
-        """Puts no adapter on layers that do not run in the body, in which the model reads some text."""
-        with unused_layers(self.targets, self._model) as unused:
+    def watching_layers(self) -> Iterator[None]:
+        """Learns from the body, in which the model reads some text, which layers run and what they share.
+
+        Layers that do not run get no adapter.
+        """
+        decoder = text_decoder(self._model)
+        with (
+            input_groups.noting_groups(self._model, decoder) as self.input_groups,
+            unused_layers(self.targets, self._model) as unused,
+        ):
             yield
         self.targets = self.targets.without(unused, "unused layers")
 

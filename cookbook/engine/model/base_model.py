@@ -93,7 +93,7 @@ class BaseModel(ModelPasses):
         self.block_sizes = BlockSizes.on(self.device)
         self.prompt_trees: weakref.WeakSet[Any] = weakref.WeakSet()
         """What samplers keep of prompts (`sampling.prompt_tree`)."""
-        with self.adapters.noting_unused_layers():
+        with self.adapters.watching_layers():
             self._probe_architecture()
         fsdp.reshard(self.model)
         self._prepare_layers()

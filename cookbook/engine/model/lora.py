@@ -6,12 +6,17 @@ products are added in place to the result of the full product, and the gradients
 two low-rank tensors. A 4-bit weight is dequantised for the forward product and again for the backward
 product, and is not kept in between.
 
-Shape suffixes: N tokens, I inputs, O outputs, R rank; X anything before the last axis.
+On CUDA, layers of one input (`input_groups`) run together: their A's are stacked, so that the input is read
+for one product with A and not for each, and its gradient is summed in the memory of one product.
+
+Shape suffixes: N tokens, I inputs, O outputs, R rank, or the sum of the ranks of a group; X anything before
+the last axis.
 """
 
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model.dropout import KeyedDropout
 from cookbook.engine.model.fp8 import Fp8Linear
+from cookbook.engine.model.input_groups import InputGroup, Names
 from cookbook.engine.model.packed_weights import PackedLinear
 from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.quantization import weight_of
@@ -70,6 +76,63 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, None, None
 
 
+class _LoraLinears(torch.autograd.Function):
+    """What `_LoraLinear` computes without dropout, for several layers with one input. Returns their outputs.
+
+    `weights` are A and B of each layer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, bases: list[nn.Linear], scalings: list[float], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        all_a, all_b = weights[::2], weights[1::2]
+        ctx.bases, ctx.scalings, ctx.ranks = bases, scalings, [len(a_RI) for a_RI in all_a]
+        ctx.dtypes = [a_RI.dtype for a_RI in all_a]
+        a_RI = torch.cat(all_a).to(x_NI.dtype)
+        low_NR = x_NI @ a_RI.T
+        outs = []
+        for base, b_OR, scaling, part_NR in zip(
+            bases, all_b, scalings, low_NR.split(ctx.ranks, 1), strict=True
+        ):
+            out_NO: Tensor = base(x_NI)
+            outs.append(out_NO.addmm_(part_NR, b_OR.to(x_NI.dtype).T, alpha=scaling))
+        ctx.save_for_backward(x_NI, a_RI, low_NR, *all_b)
+        ctx.set_materialize_grads(False)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x_NI, a_RI, low_NR, *all_b = ctx.saved_tensors
+        is_whole = all(grad_NO is not None for grad_NO in grads)
+        grad_low_NR = torch.empty_like(low_NR) if is_whole else torch.zeros_like(low_NR)
+        grad_x_NI: Tensor | None = None
+        grads_b: list[Tensor | None] = [None] * len(grads)
+        lows, grad_lows = low_NR.split(ctx.ranks, 1), grad_low_NR.split(ctx.ranks, 1)
+        for place, (grad_NO, b_OR, scaling) in enumerate(zip(grads, all_b, ctx.scalings, strict=True)):
+            if grad_NO is None:
+                continue
+            grad_lows[place].addmm_(grad_NO, b_OR.to(grad_NO.dtype), beta=0, alpha=scaling)
+            if ctx.needs_input_grad[4 + 2 * place]:
+                grads_b[place] = product(grad_NO.T, lows[place]).mul_(scaling).to(b_OR.dtype)
+            if ctx.needs_input_grad[0]:
+                weight_OI = weight_of(ctx.bases[place], grad_NO.dtype)
+                grad_x_NI = (
+                    grad_NO @ weight_OI if grad_x_NI is None else grad_x_NI.addmm_(grad_NO, weight_OI)
+                )
+        if grad_x_NI is not None:
+            grad_x_NI.addmm_(grad_low_NR, a_RI)
+        grads_a: Sequence[Tensor | None] = [None] * len(grads)
+        if any(ctx.needs_input_grad[3::2]):
+            parts = product(grad_low_NR.T, x_NI).split(ctx.ranks)
+            grads_a = [
+                None if grad_NO is None else part_RI.to(dtype)
+                for grad_NO, part_RI, dtype in zip(grads, parts, ctx.dtypes, strict=True)
+            ]
+        of_weights = [grad for pair in zip(grads_a, grads_b, strict=True) for grad in pair]
+        return grad_x_NI, None, None, *of_weights
+
+
 def _forward(self: Any, x_XI: Tensor) -> Tensor:
     """Replaces `peft.tuners.lora.Linear.forward` for one adapter."""
     base = self.base_layer
@@ -80,6 +143,12 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
     if self.disable_adapters or self.active_lora is None:
         result = base(x_XI)
         return result
+    group: InputGroup | None = self.input_group
+    if group is not None and not torch.compiler.is_compiling():
+        if (taken := group.take(self, x_XI)) is not None:
+            return taken
+        if self in (layers := group.active(x_XI)) and len(layers) > 1:
+            return _run_together(self, group, layers, x_XI)
     a_RI, b_OR, scaling, dropout = self.active_lora
     x_NI = x_XI.reshape(-1, x_XI.shape[-1])
     if isinstance(packed := base.forward, PackedLinear):
@@ -87,6 +156,24 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
     else:
         out_NO = _LoraLinear.apply(x_NI, base, a_RI, b_OR, scaling, dropout)
     return out_NO.view(*x_XI.shape[:-1], -1)
+
+
+def _run_together(layer: Any, group: InputGroup, layers: list[Any], x_XI: Tensor) -> Tensor:
+    """Returns the result of a layer, and puts those of the others into the group."""
+    weights = [weight for other in layers for weight in other.active_lora[:2]]
+    outs_NO = _LoraLinears.apply(
+        x_XI.reshape(-1, x_XI.shape[-1]),
+        [other.base_layer for other in layers],
+        [other.active_lora[2] for other in layers],
+        *weights,
+    )
+    results = [
+        (other, out_NO.view(*x_XI.shape[:-1], -1)) for other, out_NO in zip(layers, outs_NO, strict=True)
+    ]
+    group.put(x_XI, results)
+    taken = group.take(layer, x_XI)
+    assert taken is not None
+    return taken
 
 
 def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,8 +203,14 @@ def _set_active_lora(layer: Any) -> None:
         )
 
 
-def fuse(model: nn.Module) -> None:
-    """Installs the fused forward on every LoRA of a linear layer in a PEFT model, also in 4 or 8 bits."""
+def fuse(
+    model: nn.Module, groups: Iterable[Names] = (), groups_run_on: Sequence[str] = ("cuda",)
+) -> None:
+    """Installs the fused forward on every LoRA of a linear layer in a PEFT model, also in 4 or 8 bits.
+
+    `groups` are names of layers that read one input, which run together on devices of the given types. On a
+    CPU that is not faster.
+    """
     from peft.import_utils import is_bnb_4bit_available
     from peft.tuners import lora
 
@@ -130,7 +223,14 @@ def fuse(model: nn.Module) -> None:
         if (type(module), type(getattr(module, "base_layer", None))) in fused:
             module.forward = types.MethodType(_forward, module)
             module.set_adapter = types.MethodType(_set_adapter, module)  # type: ignore[assignment]
+            module.input_group = None  # type: ignore[assignment]
             _set_active_lora(module)
+    for names in groups:
+        members = [module for module in map(model.get_submodule, names) if "input_group" in vars(module)]
+        if len(members) > 1:
+            group = InputGroup(members, groups_run_on)
+            for module in members:
+                module.input_group = group  # type: ignore[assignment]
 
 
 def unfuse(model: nn.Module) -> None:
@@ -139,3 +239,4 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if "active_lora" in vars(module):
             del module.forward, module.set_adapter, module.active_lora, module.runs_variant
+            del module.input_group
