@@ -117,9 +117,7 @@ class _LoraLinears(torch.autograd.Function):
                 grads_b[place] = product(grad_NO.T, lows[place]).mul_(scaling).to(b_OR.dtype)
             if ctx.needs_input_grad[0]:
                 weight_OI = weight_of(ctx.bases[place], grad_NO.dtype)
-                grad_x_NI = (
-                    grad_NO @ weight_OI if grad_x_NI is None else grad_x_NI.addmm_(grad_NO, weight_OI)
-                )
+                grad_x_NI = grad_NO @ weight_OI if grad_x_NI is None else grad_x_NI.addmm_(grad_NO, weight_OI)
         if grad_x_NI is not None:
             grad_x_NI.addmm_(grad_low_NR, a_RI)
         grads_a: Sequence[Tensor | None] = [None] * len(grads)
@@ -203,9 +201,7 @@ def _set_active_lora(layer: Any) -> None:
         )
 
 
-def fuse(
-    model: nn.Module, groups: Iterable[Names] = (), groups_run_on: Sequence[str] = ("cuda",)
-) -> None:
+def fuse(model: nn.Module, groups: Iterable[Names] = (), groups_run_on: Sequence[str] = ("cuda",)) -> None:
     """Installs the fused forward on every LoRA of a linear layer in a PEFT model, also in 4 or 8 bits.
 
     `groups` are names of layers that read one input, which run together on devices of the given types. On a

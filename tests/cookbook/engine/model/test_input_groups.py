@@ -173,7 +173,9 @@ def test_checkpointed_layers_give_the_same_bits() -> None:
 def test_a_disabled_adapter_and_another_one_are_not_mixed_up() -> None:
     plain = make("llama")
     with torch.random.fork_rng():
-        plain.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
+        plain.add_adapter(
+            "other", LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+        )
     fused = together(plain)
     for model in (plain, fused):
         model.set_adapter("other")
