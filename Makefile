@@ -136,6 +136,14 @@ families: setup
 rehearsal: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cuda_rehearsal --timeout 900 --numprocesses 2
 
+# the kernels in Triton's interpreter, and compiled for GPUs that are not there. Triton is not in the environment itself:
+# torch would import it in each process
+kernels: setup build/kernels/triton
+	$(BIN)/python -m pytest -m "slow or not slow" tests/cookbook/engine/model/test_kernels.py
+
+build/kernels/triton:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/kernels 'triton==3.9.0' 'liger-kernel>=0.8'
+
 # everything that needs a GPU, in ten minutes at most
 gpu: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu

@@ -9,17 +9,23 @@ choose. The sides run in turns; the table has the least CPU time of the rounds, 
 inputs, and the largest difference of 16 positions from a float64 gradient, relative to its largest element.
 
 With `--derived` they run on the fake CUDA device in bfloat16, with the roofline's rates: nothing is measured.
+The project runs with its kernel and without, and Liger-Kernel's fused loss too if it is installed
+(`make kernels`, `PYTHONPATH=build/kernels`).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.fake_cuda import library
+
+if TYPE_CHECKING:
+    from benchmarks.fake_cuda.costs import Costs
 
 NUM_COMPARED = 16
 """The positions whose gradients are compared."""
@@ -95,6 +101,7 @@ def _exact_gradient(hidden_SD: Any, weight_VD: Any, targets_S: Any) -> Any:
 
 def derive(card_name: str) -> None:
     library.load()  # before torch is imported
+    import peft  # noqa: F401 - bitsandbytes, which it imports, asks for a CUDA device
     import torch
 
     from benchmarks import roofline
@@ -102,14 +109,21 @@ def derive(card_name: str) -> None:
     from benchmarks.fake_cuda.device import FakeCuda
 
     card, device = roofline.CARDS[card_name], FakeCuda()
+    kernels = device.kernels
     with device:
         weight_VD = torch.empty(151_936, 1024, dtype=torch.bfloat16, device="cuda")
         hidden_SD = torch.empty(16_384, 1024, dtype=torch.bfloat16, device="cuda")
         targets_S = torch.zeros(16_384, dtype=torch.long, device="cuda")
-        for name, run in sides(weight_VD, targets_S).items():
+        ours, *others = sides(weight_VD, targets_S).items()
+        cases = [("this project", ours[1]), ("without its kernel", ours[1]), *others]
+        costs = Costs()
+        if importlib.util.find_spec("liger_kernel") is not None:
+            cases.append(("Liger-Kernel", lambda hidden_SD: _liger(hidden_SD, weight_VD, targets_S, costs)))
+        for name, run in cases:
             if "chunks" in name:  # an operator that the fake device sees as one launch without work
                 continue
-            costs = Costs()
+            device.kernels = () if name == "without its kernel" else kernels
+            costs.launches.clear()
             with device.recording(costs):
                 run(hidden_SD)
             spent = sum(card.seconds(cost) * number for cost, number in costs.launches.items())
@@ -117,6 +131,22 @@ def derive(card_name: str) -> None:
             number = sum(costs.launches.values())
             print(f"{name:20}{number:6} launches{num_bytes / 1e9:8.1f} GB{spent * 1e3:8.1f} ms")
     print(roofline.LABEL)
+
+
+def _liger(hidden_SD: Any, weight_VD: Any, targets_S: Any, costs: Costs) -> Any:
+    """Runs Liger's loss on the fake device, where its kernel, which reads rows twice, only counts."""
+    from liger_kernel.ops import fused_linear_cross_entropy as module
+
+    from benchmarks.fake_cuda.costs import Cost
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda X_ptr, **_: costs.launches.update([Cost("loss", "memory", 3 * X_ptr.nbytes, 0)])  # noqa: N803
+
+    module.liger_cross_entropy_kernel = Kernel()
+    return module.fused_linear_cross_entropy_forward(
+        hidden_SD.detach().requires_grad_(), weight_VD, targets_S, reduction="sum"
+    )
 
 
 def main() -> None:

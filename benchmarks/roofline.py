@@ -1,6 +1,7 @@
 """Derives what a training step and a sampled token cost on GPUs, on a machine that has none.
 
-    python -m benchmarks.roofline [--model qwen3-0.6b ...] [--card h200 ...] [--what step token] [--classes]
+    python -m benchmarks.roofline [--model qwen3-0.6b ...] [--card h200 ...] [--what step token]
+                                  [--checkpointing on] [--plain] [--classes]
 
 The engine runs on fake tensors of device `cuda` (`benchmarks.fake_cuda`), which count launches, bytes and
 floating-point operations. Each launch then takes as long as its operations, its bytes or the shortest kernel
@@ -98,12 +99,15 @@ PERIODS = {"qwen3_5_text": 4}
 """After how many layers the kinds of layers repeat, where it is not each layer."""
 
 
-def costs_of(model: str, what: str, checkpointing: str = "off") -> tuple[Costs, Costs]:
+def costs_of(
+    model: str, what: str, checkpointing: str = "off", has_kernels: bool = True
+) -> tuple[Costs, Costs]:
     """Returns the costs of a period of layers, and of everything else. The fake device has to be loaded."""
     from transformers import AutoConfig
 
     from benchmarks.fake_cuda.device import FakeCuda
     from benchmarks.fake_cuda.outline import outline, step_costs, token_costs
+    from cookbook.engine.model.kernels import PACKAGES
     from cookbook.types import LoraConfig, SamplingParams
 
     shape = dict(MODELS[model])
@@ -113,7 +117,7 @@ def costs_of(model: str, what: str, checkpointing: str = "off") -> tuple[Costs, 
     found = []
     for layers in (period, 2 * period):
         config = AutoConfig.for_model(model_type, **{**shape, "num_hidden_layers": layers})
-        with FakeCuda(answers) as device:
+        with FakeCuda(answers, PACKAGES if has_kernels else ()) as device:
             base = outline(config, checkpointing)
             if what == "step":
                 lora = LoraConfig(rank=LORA_RANK, seed=0, train_unembed=False)
@@ -159,19 +163,30 @@ def header(what: str) -> str:
 
 
 def summary(models: Sequence[str], whats: Sequence[str]) -> str:
-    """Returns launches, waits, bytes and operations of one period of layers and of the rest, by class."""
+    """Returns launches, waits, bytes and operations of one period of layers and of the rest, by class.
+
+    A step is listed with the kernels that may be installed and without.
+    """
     lines = [LABEL, ""]
     for what in whats:
         for model in models:
-            for name, costs in zip(("layers", "rest"), costs_of(model, what), strict=True):
-                lines.append(f"{model} {what}, {name}: {costs.num_waits:g} waits")
-                for operator_class, (launches, num_bytes, flops) in costs.totals().items():
-                    if launches:
-                        lines.append(
-                            f"  {operator_class:<11} {launches:5g} launches {num_bytes / 1e6:12,.2f} MB "
-                            f"{flops / 1e9:12,.2f} GFLOP"
-                        )
+            lines += _lines(f"{model} {what}", costs_of(model, what))
+            if what == "step":
+                lines += _lines(f"{model} {what} without kernels", costs_of(model, what, has_kernels=False))
     return "\n".join(lines) + "\n"
+
+
+def _lines(title: str, parts: Sequence[Costs]) -> list[str]:
+    lines = []
+    for name, costs in zip(("layers", "rest"), parts, strict=True):
+        lines.append(f"{title}, {name}: {costs.num_waits:g} waits")
+        for operator_class, (launches, num_bytes, flops) in costs.totals().items():
+            if launches:
+                lines.append(
+                    f"  {operator_class:<11} {launches:5g} launches {num_bytes / 1e6:12,.2f} MB "
+                    f"{flops / 1e9:12,.2f} GFLOP"
+                )
+    return lines
 
 
 def main() -> None:
@@ -185,6 +200,11 @@ def main() -> None:
     parser.add_argument(
         "--classes", action="store_true", help="launches, bytes and operations of the layers and of the rest"
     )
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="without Triton and Liger-Kernel (`engine/model/kernels.py`)",
+    )
     arguments = parser.parse_args()
     library.load()
     if arguments.classes:
@@ -193,7 +213,7 @@ def main() -> None:
     for what in arguments.what:
         print(f"\n{header(what)}")
         for model in arguments.model:
-            costs = whole(model, *costs_of(model, what, arguments.checkpointing))
+            costs = whole(model, *costs_of(model, what, arguments.checkpointing, not arguments.plain))
             for card in arguments.card:
                 print(row(model, what, CARDS[card], costs), flush=True)
 

@@ -82,9 +82,11 @@ def test_launches_are_expected_from_the_text_of_the_roofline() -> None:
     text = (
         "qwen3-0.6b step, layers: 0 waits\n  matmul  5 launches 1 MB\n  norm  2 launches 1 MB\n"
         "qwen3-0.6b step, rest: 0 waits\n  matmul  -1 launches 1 MB\n  loss  10 launches 1 MB\n"
+        "qwen3-0.6b step without kernels, layers: 0 waits\n  matmul  6 launches 1 MB\n"
         "qwen3-0.6b token, layers: 0 waits\n  matmul  100 launches 1 MB\n"
     )
     assert expected_launches(text, num_layers=4) == 4 * 7 + 9
+    assert expected_launches(text, 4, "qwen3-0.6b step without kernels") == 4 * 6
 
 
 def test_what_is_found_may_be_a_quarter_off() -> None:

@@ -32,6 +32,8 @@ _ADDED_TO = {"index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add
 """Operators that change as many elements as their last tensor has."""
 _TWO_KERNELS = {"slice_backward", "select_backward", "index_put", "index_add", "embedding_dense_backward"}
 """Zeros, and then a kernel that writes into them."""
+_WRITTEN_IN_PLACE = {"gated_product_backward": 2}
+"""How many of the first arguments an operator that returns nothing reads and also writes."""
 _TENSORS_PER_LAUNCH = {"_foreach_norm": 110, "_foreach_mul_": 110, "_foreach_copy_": 64, "_fused_adamw_": 36}
 """How many tensors one kernel takes, by the number of lists (`depth_to_max_tensors` in torch)."""
 
@@ -160,7 +162,8 @@ def _bytes(call: OperatorCall) -> int:
         return 2 * sum(map(_size, outputs)) + _tensors(call.inputs)[-1].nbytes
     if call.operator in _WRITTEN_ONLY:
         return sum(map(_size, outputs)) + sum(map(_size, _tensors(call.inputs)[1:]))
-    return sum(map(_size, [*_tensors(call.inputs), *outputs]))
+    written = _tensors(call.inputs)[: _WRITTEN_IN_PLACE.get(call.operator, 0)]
+    return sum(map(_size, [*_tensors(call.inputs), *outputs, *written]))
 
 
 def _size(tensor: Tensor) -> int:

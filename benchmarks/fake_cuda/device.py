@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from benchmarks.fake_cuda import runtime
+from cookbook.engine.model.kernels import PACKAGES
 
 NO_KERNEL = {
     "_fused_sdp_choice", "_nested_tensor_size", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
@@ -69,7 +70,11 @@ def _norm_backward(
     return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if is_weight_wanted else None
 
 
-_OF_CUDA_ALONE = {"_fused_rms_norm": _norm, "_fused_rms_norm_backward": _norm_backward}
+_OF_CUDA_ALONE: dict[str, Callable[..., Any]] = {
+    "_fused_rms_norm": _norm,
+    "_fused_rms_norm_backward": _norm_backward,
+    "silu_backward": lambda grad, x: torch.empty_like(x),
+}
 """Shapes of the results of operators that torch composes of others where they have no kernel of CUDA."""
 
 
@@ -103,9 +108,15 @@ class Recording:
 class FakeCuda(TorchDispatchMode):
     """The device, while it is entered. Raises FakeCudaError for what a CUDA device would refuse."""
 
-    def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
-        """`answers` are the values that the host reads, by the function (`path:name`) that reads them."""
+    def __init__(
+        self, answers: Mapping[str, Any] | None = None, kernels: Collection[str] = tuple(PACKAGES)
+    ) -> None:
+        """`answers` are the values that the host reads, by the function (`path:name`) that reads them.
+
+        `kernels` are those of `cookbook.engine.model.kernels` that are installed.
+        """
         super().__init__()
+        self.kernels = kernels
         self._answers = answers or {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._records: list[Recording] = []

@@ -36,6 +36,7 @@ from waits import ANSWERS  # noqa: E402
 
 from benchmarks.fake_cuda.device import FakeCuda, Recording  # noqa: E402
 from cookbook.engine.model.base_model import BaseModel  # noqa: E402
+from cookbook.engine.model.kernels import PACKAGES  # noqa: E402
 from cookbook.engine.options import EngineOptions, OptimizerBits, Quantization  # noqa: E402
 from cookbook.engine.sampling import decode_graphs  # noqa: E402
 from cookbook.engine.sampling.decoder_probe import make_decoder  # noqa: E402
@@ -78,6 +79,7 @@ class Rehearsal:
     def activities(self) -> Iterator[tuple[str, Callable[[], Recording | None]]]:
         yield "load", lambda: self.base and None
         yield "train", lambda: self.train(rank=4)
+        yield "train without kernels of Triton", self.train_without_kernels
         yield "train without the head", lambda: self.train(rank=4, train_unembed=False)
         yield "train with checkpointed layers", lambda: self.train(rank=4, is_checkpointed=True)
         yield "train with inputs in host memory", lambda: self.train(rank=4, is_offloaded=True)
@@ -182,6 +184,13 @@ class Rehearsal:
                 trainer.optim_step(AdamParams(grad_clip_norm=1.0))
 
             return self._record(step)
+
+    def train_without_kernels(self) -> Recording:
+        self._device.kernels = ()
+        try:
+            return self.train(rank=4)
+        finally:
+            self._device.kernels = tuple(PACKAGES)
 
     @contextlib.contextmanager
     def _trainer(

@@ -21,7 +21,7 @@ from benchmarks.roofline import GOLDEN
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3",)
-NUM_ACTIVITIES = 13
+NUM_ACTIVITIES = 14
 DEVICE = "benchmarks.fake_cuda.library:load"
 
 pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
@@ -105,6 +105,14 @@ def test_weights_in_8_bits_are_multiplied_in_8_bits_forward_and_dequantised_back
     assert in_8_bits["_scaled_mm"] == 2 * 7
     assert in_8_bits["mm"] == plain["mm"] - 2 * 7
     assert found["qwen3", "sample with weights in 8 bits"]["operators"]["_scaled_mm"] % (2 * 7) == 0
+
+
+def test_kernels_are_used_where_they_are_installed(found: Found) -> None:
+    counts = found["qwen3", "train"]["operators"]
+    assert {"rotate", "gated_product", "gated_product_backward", "softmax_block"} <= counts.keys()
+    without = found["qwen3", "train without kernels of Triton"]
+    assert not {"rotate", "gated_product", "softmax_block"} & without["operators"].keys()
+    assert without["launches"] > found["qwen3", "train"]["launches"]
 
 
 def test_moments_in_8_bits_are_stepped_on_by_the_kernel_of_bitsandbytes(found: Found) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cookbook.engine.model import kernels
 
 _SIZE, _INNER_SIZE = 8, 12
 """The sizes of the copies whose results are compared."""
@@ -170,7 +171,7 @@ class _GatedProduct(torch.autograd.Function):
         ctx.save_for_backward(gate_XI, up_XI)
         ctx.activation = activation
         if _has_kernels(gate_XI):
-            out_XI: Tensor = _kernels(activation)[0](gate_XI, up_XI)[2]
+            out_XI: Tensor = kernels.gated_product(gate_XI, up_XI, activation)
             return out_XI
         return _ACTIVATIONS[activation](gate_XI).mul_(up_XI)
 
@@ -179,8 +180,9 @@ class _GatedProduct(torch.autograd.Function):
         gate_XI, up_XI = ctx.saved_tensors
         (grad_XI,) = grads
         if _has_kernels(gate_XI):  # it writes to its inputs, which a second backward pass would read
-            grad_gate_XI, grad_up_XI = _kernels(ctx.activation)[1](gate_XI, up_XI, grad_XI.contiguous())
-            return grad_gate_XI, grad_up_XI, None
+            gate_XI, up_XI = gate_XI.contiguous(), up_XI.contiguous()
+            kernels.gated_product_backward(gate_XI, up_XI, grad_XI.contiguous(), ctx.activation)
+            return gate_XI, up_XI, None
         grad_up_XI = _ACTIVATIONS[ctx.activation](gate_XI).mul_(grad_XI)
         if ctx.activation == "silu":
             return torch.ops.aten.silu_backward(grad_XI * up_XI, gate_XI), grad_up_XI, None
@@ -190,21 +192,4 @@ class _GatedProduct(torch.autograd.Function):
 
 def _has_kernels(tensor: Tensor) -> bool:
     """Returns whether Liger's kernels are used. In float16 a backward pass may run twice (`loss_scaling`)."""
-    return tensor.is_cuda and tensor.dtype == torch.bfloat16 and _is_liger_installed()
-
-
-@functools.cache
-def _is_liger_installed() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-@functools.cache
-def _kernels(activation: str) -> tuple[Any, Any]:
-    """Returns the functions of the forward and of the backward pass."""
-    if activation == "silu":
-        from liger_kernel.ops import swiglu
-
-        return swiglu.swiglu_forward, swiglu.swiglu_backward
-    from liger_kernel.ops import geglu
-
-    return geglu.geglu_forward, geglu.geglu_backward
+    return tensor.dtype == torch.bfloat16 and kernels.is_used("gated_product", tensor.device)

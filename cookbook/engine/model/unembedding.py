@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cookbook.engine.model import kernels
 from cookbook.engine.model.dropout import KeyedDropout
 from cookbook.engine.model.packed_weights import PackedLinear
 
@@ -240,6 +241,66 @@ def score_and_backpropagate(
     return logprobs_S, loss, grad_SD
 
 
+class _RunningSoftmax:
+    """The softmax of rows of logits of which one block after another is seen: [C, 1] each, fp32."""
+
+    def __init__(self, softcap: float | None, targets_CJ: Tensor, compares: bool) -> None:
+        device = targets_CJ.device
+        self._softcap, self._targets_CJ, self._compares = softcap, targets_CJ, compares
+        self._has_kernel = not compares and kernels.is_used("softmax_block", device)
+        self.highest_C1 = torch.full((len(targets_CJ), 1), -torch.inf, device=device)
+        self.highest_other_C1 = self.highest_C1
+        """The highest logit besides each target's. Valid only with `compares`."""
+        self.total_C1 = torch.zeros(len(targets_CJ), 1, device=device)
+        """The sum of exp(logit - highest)."""
+        self.target_CJ = torch.zeros(targets_CJ.shape, device=device)
+        """The logits of the targets that were seen."""
+
+    def add(
+        self, logits_CK: Tensor, first: int, dtype: torch.dtype | None, room_CK: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Adds the logits of the vocabulary from `first` on, which are overwritten.
+
+        Returns the terms exp(logit - highest), times the derivative of the softcap, in `dtype`, or None
+        without one; and by what all earlier terms have to be multiplied. Terms are in `room_CK` if that is
+        given.
+        """
+        if self._has_kernel:
+            terms_CK = room_CK
+            if dtype is not None and room_CK is None:  # each row of terms begins where its logits do
+                terms_CK = logits_CK.view(dtype)[:, : logits_CK.shape[1]]
+            running = self._targets_CJ, self.target_CJ, self.highest_C1, self.total_C1
+            return terms_CK, kernels.softmax_block(logits_CK, terms_CK, *running, first, self._softcap)
+        softcap = self._softcap
+        if softcap is not None:
+            logits_CK.div_(softcap).tanh_().mul_(softcap)
+        here_CJ = self._targets_CJ - first
+        is_here_CJ = (here_CJ >= 0) & (here_CJ < logits_CK.shape[1])
+        place_CJ = here_CJ.clamp(0, logits_CK.shape[1] - 1)
+        found_CJ = logits_CK.gather(1, place_CJ)
+        self.target_CJ = torch.where(is_here_CJ, found_CJ, self.target_CJ)
+        if self._compares:
+            logits_CK.scatter_(1, place_CJ, found_CJ.masked_fill(is_here_CJ, -torch.inf))
+            others_C1 = logits_CK.amax(1, keepdim=True)
+            logits_CK.scatter_(1, place_CJ, found_CJ)
+            self.highest_other_C1 = torch.maximum(self.highest_other_C1, others_C1)
+            highest_here_C1 = torch.maximum(others_C1, found_CJ)
+        else:
+            highest_here_C1 = logits_CK.amax(1, keepdim=True)
+        higher_C1 = torch.maximum(self.highest_C1, highest_here_C1)
+        shrink_C1 = (self.highest_C1 - higher_C1).exp_()
+        self.highest_C1 = higher_C1
+        slope_CK = None if softcap is None else 1 - (logits_CK / softcap).square_()
+        terms_CK = logits_CK.sub_(higher_C1).exp_()
+        self.total_C1.mul_(shrink_C1).add_(terms_CK.sum(1, keepdim=True))
+        if dtype is None:
+            return None, shrink_C1
+        if slope_CK is not None:
+            terms_CK.mul_(slope_CK)
+        terms_CK = terms_CK.to(dtype)
+        return terms_CK if room_CK is None else room_CK.copy_(terms_CK), shrink_C1
+
+
 class _Logprobs:
     """The log-probabilities of some positions, computed over the vocabulary block by block."""
 
@@ -268,14 +329,10 @@ class _Logprobs:
         self._run_over_the_vocabulary()
 
     def _run_over_the_vocabulary(self) -> None:
-        queries_CQ, softcap = self.queries_CQ, self.head.softcap
-        num_positions, device = len(queries_CQ), queries_CQ.device
-        highest_C1 = torch.full((num_positions, 1), -torch.inf, device=device)
-        highest_other_C1 = highest_C1
-        total_C1 = torch.zeros(num_positions, 1, device=device)
-        target_CJ = torch.zeros(self.targets_CJ.shape, device=device)
-        mean_CQ = torch.zeros(queries_CQ.shape, device=device)
-        vocab_size = len(self.head.weight_VD)
+        queries_CQ = self.queries_CQ
+        running = _RunningSoftmax(self.head.softcap, self.targets_CJ, self.compares)
+        mean_CQ = torch.zeros(queries_CQ.shape, device=queries_CQ.device)
+        num_positions, vocab_size = len(queries_CQ), len(self.head.weight_VD)
         block_size = self.head.blocks.vocabulary
         for first in range(0, vocab_size, block_size):
             rows = slice(first, min(first + block_size, vocab_size))
@@ -285,43 +342,20 @@ class _Logprobs:
                 room = self.kept[rows.start * num_positions : rows.stop * num_positions]
                 room_CK = room.view(num_positions, -1)
             logits_CK = product(queries_CQ, keys_KQ.T, out=room_CK)
-            if softcap is not None:
-                logits_CK.div_(softcap).tanh_().mul_(softcap)
-            here_CJ = self.targets_CJ - first
-            is_here_CJ = (here_CJ >= 0) & (here_CJ < len(keys_KQ))
-            place_CJ = here_CJ.clamp(0, len(keys_KQ) - 1)
-            found_CJ = logits_CK.gather(1, place_CJ)
-            target_CJ = torch.where(is_here_CJ, found_CJ, target_CJ)
-
-            if self.compares:
-                logits_CK.scatter_(1, place_CJ, found_CJ.masked_fill(is_here_CJ, -torch.inf))
-                others_C1 = logits_CK.amax(1, keepdim=True)
-                logits_CK.scatter_(1, place_CJ, found_CJ)
-                highest_other_C1 = torch.maximum(highest_other_C1, others_C1)
-                highest_here_C1 = torch.maximum(others_C1, found_CJ)
-            else:
-                highest_here_C1 = logits_CK.amax(1, keepdim=True)
-            higher_C1 = torch.maximum(highest_C1, highest_here_C1)
-            shrink_C1 = (highest_C1 - higher_C1).exp_()
-            highest_C1 = higher_C1
-            slope_CK = None if softcap is None else 1 - (logits_CK / softcap).square_()
-            terms_CK = logits_CK.sub_(higher_C1).exp_()
-            total_C1.mul_(shrink_C1).add_(terms_CK.sum(1, keepdim=True))
-            if not self.with_gradient:
+            dtype = keys_KQ.dtype if self.with_gradient else None
+            terms_CK, shrink_C1 = running.add(logits_CK, first, dtype, room_CK)
+            if terms_CK is None:
                 continue
-            if slope_CK is not None:
-                terms_CK.mul_(slope_CK)
-            terms_CK = terms_CK.to(keys_KQ.dtype)
             _add_product(mean_CQ.mul_(shrink_C1), terms_CK, keys_KQ)
             if room_CK is not None:
-                self.kept_blocks.append((rows, room_CK.copy_(terms_CK), higher_C1))
-        self.log_total_C1 = total_C1.log().add_(highest_C1)
-        self.target_CJ = target_CJ
-        logprobs_CJ = target_CJ - self.log_total_C1
+                self.kept_blocks.append((rows, terms_CK, running.highest_C1.clone()))
+        self.log_total_C1 = running.total_C1.log().add_(running.highest_C1)
+        self.target_CJ = running.target_CJ
+        logprobs_CJ = self.target_CJ - self.log_total_C1
         self.logprobs_C = logprobs_CJ[:, 0] if self._has_one_target else logprobs_CJ
-        self.is_argmax_C = (target_CJ > highest_other_C1)[:, 0]
+        self.is_argmax_C = (self.target_CJ > running.highest_other_C1)[:, 0]
         """Whether each target's logit exceeds all others. Valid only with `compares`, and one target."""
-        self.mean_CQ = mean_CQ.div_(total_C1)
+        self.mean_CQ = mean_CQ.div_(running.total_C1)
 
     def backward(self, grad_C: Tensor, gradients: _Gradients) -> Tensor:
         """Returns the gradient by the hidden states [C, D], given the gradient by the log-probabilities.
