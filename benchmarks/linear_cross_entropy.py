@@ -141,7 +141,7 @@ def _liger(hidden_SD: Any, weight_VD: Any, targets_S: Any, costs: Costs) -> Any:
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda X_ptr, **_: costs.launches.update([Cost("loss", "memory", 3 * X_ptr.nbytes, 0)])  # noqa: N803
+            return lambda X_ptr, **_: costs.launches.update([Cost("loss", "memory", 3 * X_ptr.nbytes, 0)])
 
     module.liger_cross_entropy_kernel = Kernel()
     return module.fused_linear_cross_entropy_forward(

@@ -1,9 +1,9 @@
-"""Compiles the kernels for a GPU that is not there, with the sizes of Qwen3-0.6B and the largest block of logits.
+"""Compiles the kernels for a GPU that is not there: sizes of Qwen3-0.6B, and the largest block of logits.
 
     PYTHONPATH=. python tests/cookbook/engine/model/compiled.py 90
 
-The argument is the compute capability. Prints a line of JSON for each kernel: its name, the bytes of registers
-that a thread keeps in memory, the bytes of shared memory, and whether it rounds to the nearest.
+The argument is the compute capability. Prints a line of JSON for each kernel: its name, the bytes of
+registers that a thread keeps in memory, the bytes of shared memory, and whether it rounds to the nearest.
 """
 
 from __future__ import annotations

@@ -21,11 +21,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import test_rope  # noqa: E402
-import test_unembedding  # noqa: E402
+import test_rope
+import test_unembedding
 
-from cookbook.engine.model import kernels, rope  # noqa: E402
-from cookbook.engine.model.unembedding import Head, score, score_and_backpropagate  # noqa: E402
+from cookbook.engine.model import kernels, rope
+from cookbook.engine.model.unembedding import Head, score, score_and_backpropagate
 
 Errors = dict[str, tuple[float, float]]
 

@@ -1,4 +1,4 @@
-"""The kernels compute on a CPU, in Triton's interpreter, what is computed without them, and compile for GPUs."""
+"""The kernels compute, in Triton's interpreter, what is computed without them, and compile for GPUs."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def errors() -> dict[str, Errors]:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_kernel_computes_the_results_and_gradients_of_float64(
-    errors: dict[str, Errors], case: str
-) -> None:
+def test_a_kernel_computes_the_results_and_gradients_of_float64(errors: dict[str, Errors], case: str) -> None:
     assert errors.keys() == CASES.keys()
     assert errors[case]
     limit = CASES[case]
