@@ -50,14 +50,14 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x_XI: Tensor) -> Tensor:
         # a view that is made in the function could not be changed in place behind it, as some models do
-        out_NO: Tensor = _Product.apply(x_XI.reshape(-1, x_XI.shape[-1]), self)
+        out_NO: Tensor = _Fp8Product.apply(x_XI.reshape(-1, x_XI.shape[-1]), self)
         return out_NO.view(*x_XI.shape[:-1], -1)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         return dequantized(self.weight, self.weight_scale, dtype)
 
 
-class _Product(torch.autograd.Function):
+class _Fp8Product(torch.autograd.Function):
     """x W^T + bias. Only x gets a gradient, and the dequantised weight is not kept for it."""
 
     @staticmethod
