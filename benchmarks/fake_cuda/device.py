@@ -132,6 +132,8 @@ class FakeCuda(TorchDispatchMode):
             self._library.impl(name, _OF_CUDA_ALONE[name], "CUDA")
         # or torch.tensor(..., device="cuda") asks for a real device
         torch._C._set_only_lift_cpu_tensors(True)
+        # this mode is that of one thread, and layers that run again in the backward pass make tensors
+        torch.autograd.set_multithreading_enabled(False)
         super().__enter__()
         return self
 

@@ -49,8 +49,12 @@ class Fp8Linear(nn.Linear):
     """The scales of the rows: float32 [O, 1]."""
 
     def forward(self, x_XI: Tensor) -> Tensor:
-        # a view that is made in the function could not be changed in place behind it, as some models do
-        out_NO: Tensor = _Fp8Product.apply(x_XI.reshape(-1, x_XI.shape[-1]), self)
+        # A view that is made in a function of autograd cannot be changed in place behind it, as some models
+        # do. So it is made here, and only where it is one: a LoRA's function calls this with rows.
+        if x_XI.ndim == 2:
+            out_NO: Tensor = _Fp8Product.apply(x_XI, self)
+            return out_NO
+        out_NO = _Fp8Product.apply(x_XI.reshape(-1, x_XI.shape[-1]), self)
         return out_NO.view(*x_XI.shape[:-1], -1)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from cookbook.clients.service import ServiceClient
 from cookbook.engine.model import fp8
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.lora import _LoraLinear
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.sampling.requests import sample_request, score_request
 from cookbook.engine.training.trainer import Trainer
@@ -180,3 +181,27 @@ def test_dora_is_refused_because_peft_would_read_the_bytes(folder: str) -> None:
     settings = PeftSettings({}, explicit)
     with pytest.raises(ConfigError, match="use_dora=true is not supported with quantization=fp8"):
         base.adapters.add(LoraConfig(rank=4, peft=settings))
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_the_output_of_a_layer_may_be_changed_in_place(has_lora: bool) -> None:
+    """As Gemma 3n and Llama 4 do with that of a projection."""
+    torch.manual_seed(0)
+    layer = fp8.Fp8Linear(16, 32, bias=False)
+    bytes_OI, scale_O1 = fp8.quantize(torch.randn(32, 16))
+    del layer.weight
+    layer.register_buffer("weight", bytes_OI)
+    layer.register_buffer("weight_scale", scale_O1)
+    a_RI, b_OR = torch.randn(4, 16, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    x_BLI = torch.randn(2, 3, 16, requires_grad=True)
+    if has_lora:
+        out_NO: Tensor = _LoraLinear.apply(x_BLI.reshape(-1, 16), layer, a_RI, b_OR, 2.0, None)
+        out = out_NO.view(2, 3, 32)
+    else:
+        out = layer(x_BLI)
+    out *= 3
+    out.sum().backward()
+    weight_OI = fp8.dequantized(bytes_OI, scale_O1, torch.float32)
+    expected_OI = weight_OI + 2 * b_OR @ a_RI if has_lora else weight_OI
+    assert x_BLI.grad is not None
+    torch.testing.assert_close(x_BLI.grad, 3 * expected_OI.detach().sum(0).expand(2, 3, 16))
