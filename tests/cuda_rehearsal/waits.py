@@ -35,7 +35,7 @@ WAITS: Mapping[str, str] = {
 """Why a function waits. A name that ends with a colon is for all functions of the file."""
 
 WAITS_OF_MODELS: Mapping[str, str] = {
-    "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied to the device",
+    "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
 """The same for code of transformers, by the folder of the model."""
 
