@@ -145,13 +145,13 @@ COST = ActivationCost(full=1000, checkpointed=100, inputs=80)
     ("checkpointing", "device", "wanted", "expected"),
     [
         ("auto", "cuda", None, (8000, 8000)),
-        ("auto", "cpu", None, (1024, NEVER)),
+        ("auto", "cpu", None, (4096, NEVER)),
         ("auto", "cuda", 50, (50, 8000)),
         ("on", "cuda", None, (8000, NEVER)),
         ("off", "cuda", None, (800, NEVER)),
         ("offload", "cuda", None, (16384, 0)),
         ("offload", "cuda", 50, (50, 0)),
-        ("offload", "cpu", None, (1024, NEVER)),
+        ("offload", "cpu", None, (4096, NEVER)),
     ],
 )
 def test_when_inputs_are_offloaded(
