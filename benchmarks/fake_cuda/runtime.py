@@ -79,8 +79,8 @@ def replace(device: AskedDevice) -> None:
             supported.append(FakeTensor)
 
 
-def _functions(device: AskedDevice) -> dict[str, Any]:
-    """Returns the functions and classes of `torch.cuda` that ask the driver."""
+def _classes(device: AskedDevice) -> dict[str, Any]:
+    """Returns the classes of `torch.cuda` that ask the driver."""
 
     class Stream(_EndedStream):
         def synchronize(self) -> None:
@@ -112,6 +112,12 @@ def _functions(device: AskedDevice) -> dict[str, Any]:
         def replay(self) -> None:
             device.launch_graph()
 
+    return {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph}
+
+
+def _functions(device: AskedDevice) -> dict[str, Any]:
+    """Returns the functions of `torch.cuda` that ask the driver, and its classes."""
+    classes = _classes(device)
     properties = types.SimpleNamespace(
         name="a fake H200", total_memory=TOTAL_MEMORY, major=9, minor=0, multi_processor_count=132
     )
@@ -122,12 +128,10 @@ def _functions(device: AskedDevice) -> dict[str, Any]:
         "device_count": lambda: int(device.is_there),
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "Stream": Stream,
-        "Event": Event,
-        "CUDAGraph": CUDAGraph,
+        **classes,
         "graph_pool_handle": object,
-        "current_stream": lambda device=None: Stream(),
-        "default_stream": lambda device=None: Stream(),
+        "current_stream": lambda device=None: classes["Stream"](),
+        "default_stream": lambda device=None: classes["Stream"](),
         "stream": lambda stream: contextlib.nullcontext(),
         "synchronize": lambda device_=None: device.waited("torch.cuda.synchronize") and None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),

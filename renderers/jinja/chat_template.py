@@ -346,8 +346,11 @@ class ChatTemplateRenderer(Renderer):
                     f"The chat template does not print tool calls (message {number}){why}. Write them in the "
                     "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
-        has_system = any(message["role"] == "system" for message in chat.messages)
-        if chat.tools and self._template.needs_system_for_tools and not has_system:
+        if (
+            chat.tools
+            and self._template.needs_system_for_tools
+            and all(message["role"] != "system" for message in chat.messages)
+        ):
             raise RendererError(
                 f"The chat template prints tools only behind a system message ({len(chat.tools)} given). "
                 "Add a system message, or remove the tools."

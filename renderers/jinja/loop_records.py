@@ -107,9 +107,14 @@ class Record:
         return copied
 
     def state_before(self, number: int, entry: LoopEntry) -> list[dict[str, Any]]:
-        """Returns the attributes of the namespaces before an iteration, for another entry into the loop."""
+        """Returns the attributes of the namespaces before an iteration, or behind the last one.
+
+        They are those of another entry into the loop, as far as no iteration before has set them.
+        """
         states = []
-        for name, state in zip(entry.initial, self.iterations[number].states, strict=True):
+        recorded = self.final if number == len(self.iterations) else self.iterations[number].states
+        assert recorded is not None
+        for name, state in zip(entry.initial, recorded, strict=True):
             initial = entry.initial[name]
             unset = {
                 key: initial[key] for key in initial if self._first_sets.get((name, key), number) >= number

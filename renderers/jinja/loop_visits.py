@@ -7,7 +7,7 @@ the items whose iterations must run, notes what these read, and prints what was 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +182,7 @@ class ForwardVisit(Visit):
         if self._reuse is not None and self._start:
             record = self._reuse.record
             self.run.pieces.append(record.text(0, self._start))
-            self._set_namespaces(record.state_before(self._start, self.entry))
+            self._set_namespaces(record, self._start)
             self.counts.num_reused += self._start
         self._trace(self)
         rest_from = END if self._reuse is None or self._reuse.rest_from is None else self._reuse.rest_from
@@ -192,11 +192,11 @@ class ForwardVisit(Visit):
             self._begin(index)
             yield self.items[index]
 
-    def _set_namespaces(self, states: Sequence[Mapping[str, Any]]) -> None:
-        for (name, attributes), state in zip(self.entry.namespaces.items(), states, strict=True):
-            initial = self.entry.initial[name]
-            compared = {key: initial[key] for key in initial if (name, key) in self._loop.compared}
-            attributes.become({**state, **compared})
+    def _set_namespaces(self, record: Record, number: int) -> None:
+        """Sets the namespaces to what they are before an iteration of a record, or behind its last one."""
+        states = record.state_before(number, self.entry)
+        for attributes, state in zip(self.entry.namespaces.values(), states, strict=True):
+            attributes.become(state)
 
     def _print_rest(self, index: int) -> bool:
         """Prints the rest of the loop from the record, if the namespaces are as they were recorded there."""
@@ -210,7 +210,7 @@ class ForwardVisit(Visit):
         self._trace(None)
         self._is_shortened = True
         self.run.pieces.append(record.text(index))
-        self._set_namespaces(record.final)
+        self._set_namespaces(record, len(record.iterations))
         return True
 
     def _begin(self, index: int) -> None:

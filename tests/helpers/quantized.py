@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
@@ -66,6 +69,20 @@ def plain_gradients(model: Any, adapter_folder: Path) -> dict[str, torch.Tensor]
         for name, parameter in peft_model.named_parameters()
         if parameter.grad is not None
     }
+
+
+@torch.no_grad()
+def rounded_model(folder: str, rounded: Callable[[Tensor], Tensor]) -> Any:
+    """Returns the plain model, all of whose experts and linear layers but the routers are rounded."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("router"):
+            module.weight.copy_(rounded(module.weight))
+        if name.endswith("experts"):
+            for stacked in (module.gate_up_proj, module.down_proj):
+                for matrix in stacked:
+                    matrix.copy_(rounded(matrix))
+    return model
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

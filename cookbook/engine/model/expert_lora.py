@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cookbook.engine.model import fp8
 from cookbook.engine.model.expert_forms import ExpertsForm, form_of, gated
 from cookbook.engine.model.peft_layers import active_in
+from cookbook.engine.model.quantization import own_quantized_stacks
 from cookbook.engine.model.stacked_4bit import Matrices, StackedIn4Bits
 
 _ALIGNMENT = 8
@@ -426,12 +427,7 @@ def run_quantized(model: nn.Module) -> None:
     Autograd would keep what their own forward pass dequantises.
     """
     for experts in model.modules():
-        weights = dict(experts.named_parameters(recurse=False))
-        if any(
-            isinstance(weight, StackedIn4Bits) or fp8.stack_of(experts, name) is not None
-            for name, weight in weights.items()
-            if weight.ndim == 3
-        ):
+        if any(True for _ in own_quantized_stacks(experts)):
             experts.experts_form = form_of(experts)  # type: ignore[assignment]
             experts.forward = types.MethodType(_forward_without_lora, experts)
 

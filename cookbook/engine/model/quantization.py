@@ -94,10 +94,15 @@ def _is_in_4_bits(module: nn.Module) -> bool:
 def quantized_stacks(model: nn.Module) -> Iterator[Tensor]:
     """Yields the stacked weights of experts that are held in 4 or 8 bits."""
     for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            is_in_8_bits = weight.ndim == 3 and stack_of(module, name) is not None
-            if is_in_8_bits or isinstance(weight, StackedIn4Bits):
-                yield weight
+        yield from own_quantized_stacks(module)
+
+
+def own_quantized_stacks(module: nn.Module) -> Iterator[Tensor]:
+    """Yields those that are parameters of the module itself."""
+    for name, weight in module.named_parameters(recurse=False):
+        is_in_8_bits = weight.ndim == 3 and stack_of(module, name) is not None
+        if is_in_8_bits or isinstance(weight, StackedIn4Bits):
+            yield weight
 
 
 def weight_of(linear: Any, dtype: torch.dtype) -> Tensor:

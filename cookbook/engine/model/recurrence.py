@@ -308,8 +308,7 @@ class RecurrentLayers:
         kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
         further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         sampling_functions, training_functions = SamplingFunctions(mixer), TrainingFunctions(mixer)
-        projections = SharedProjections(mixer)
-        tree_functions = TreeFunctions(mixer)
+        projections, tree_functions = SharedProjections(mixer), TreeFunctions(mixer)
         self._has_other_functions |= not tree_functions.are_known
 
         # The batches differ for every row, so a compiled layer would be recompiled for each row.

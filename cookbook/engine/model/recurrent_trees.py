@@ -199,8 +199,6 @@ class TreeFunctions:
 
     def __init__(self, mixer: nn.Module) -> None:
         self.tree: StateTree | None = None
-        weight = next(mixer.parameters(), None)
-        self.is_on_cpu = weight is not None and weight.device.type == "cpu"
         self._functions = ReplacedFunctions(
             mixer, _FUNCTIONS, lambda name, theirs: functools.partial(_FUNCTIONS[name], self, theirs)
         )
@@ -345,7 +343,7 @@ def _mamba_scan(
 
     def scan(parts: list[Tensor], state: Tensor | None, has_children: bool) -> tuple[Tensor, Tensor | None]:
         hidden_states, dt, B, C = (part.transpose(1, 2) for part in parts)
-        if functions.is_on_cpu:
+        if hidden_states.device.type == "cpu":
             out, last = selective_scan(
                 hidden_states, dt, A, B, C, return_last_state=True, initial_state=state
             )

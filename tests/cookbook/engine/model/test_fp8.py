@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 from outside_world import remove_package
-from quantized import DATA, SIZES, answer, assert_same, gradients_after_a_pass, make_trainer, plain_gradients
+from quantized import (
+    DATA,
+    SIZES,
+    answer,
+    assert_same,
+    gradients_after_a_pass,
+    make_trainer,
+    plain_gradients,
+    rounded_model,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from cookbook.clients.service import ServiceClient
 from cookbook.engine.model import fp8
@@ -51,20 +59,6 @@ def rounded(weight_RC: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=weight_RC.dtype)
 
 
-@torch.no_grad()
-def rounded_model(folder: str) -> Any:
-    """Returns the plain model, all of whose experts and linear layers but the routers are rounded."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    for name, module in model.model.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith("router"):
-            module.weight.copy_(rounded(module.weight))
-        if name.endswith("experts"):
-            for stacked in (module.gate_up_proj, module.down_proj):
-                for matrix in stacked:
-                    matrix.copy_(rounded(matrix))
-    return model
-
-
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
 @pytest.mark.parametrize("family", ["qwen3", "mixtral", "gpt_oss", "qwen2"])
@@ -78,7 +72,7 @@ def test_gradients_equal_plain_transformers_and_peft_on_rounded_weights(
     assert len(in_8_bits) == (6 if family in ("mixtral", "gpt_oss") else 7) * len(trainer.base.decoder.layers)
 
     assert trainer.base.is_packed
-    expected = plain_gradients(rounded_model(folder), tmp_path / "adapter")
+    expected = plain_gradients(rounded_model(folder, rounded), tmp_path / "adapter")
     assert_same(gradients_after_a_pass(trainer), expected)
 
 
@@ -87,7 +81,9 @@ def test_log_probabilities_are_those_of_the_rounded_weights(folder: str) -> None
     tokens = DATA[1].model_input.to_ints()
     found = answer(base, None, score_request(base, tokens))
     with torch.no_grad():
-        logits_TV = rounded_model(folder)(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        logits_TV = rounded_model(folder, rounded)(input_ids=torch.tensor([tokens]), use_cache=False).logits[
+            0
+        ]
     expected_T = logits_TV.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     np.testing.assert_allclose(found[1:], expected_T, rtol=1e-5)
     sampled = answer(base, None, sample_request(base, tokens, 2, SamplingParams(max_tokens=4, seed=0)))

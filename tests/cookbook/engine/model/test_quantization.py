@@ -13,7 +13,16 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from outside_world import remove_package
-from quantized import DATA, SIZES, answer, assert_same, gradients_after_a_pass, make_trainer, plain_gradients
+from quantized import (
+    DATA,
+    SIZES,
+    answer,
+    assert_same,
+    gradients_after_a_pass,
+    make_trainer,
+    plain_gradients,
+    rounded_model,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -216,20 +225,6 @@ def rounded(weight: Tensor) -> Tensor:
     return dequantize_4bit(packed, state)
 
 
-@torch.no_grad()
-def rounded_model(folder: str) -> Any:
-    """Returns the plain model, all of whose experts and linear layers but the routers are rounded."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    for name, module in model.model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(rounded(module.weight))
-        if name.endswith("experts"):
-            for stacked in (module.gate_up_proj, module.down_proj):
-                for matrix in stacked:
-                    matrix.copy_(rounded(matrix))
-    return model
-
-
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -242,7 +237,7 @@ def test_gradients_with_experts_in_4_bits_equal_plain_transformers_and_peft_on_r
     in_4_bits = [w for w in trainer.base.model.parameters() if isinstance(w, StackedIn4Bits)]
     assert len(in_4_bits) == 2 * trainer.base.model.config.num_hidden_layers
 
-    expected = plain_gradients(rounded_model(folder), tmp_path / "adapter")
+    expected = plain_gradients(rounded_model(folder, rounded), tmp_path / "adapter")
     assert_same(gradients_after_a_pass(trainer), expected)
 
 
