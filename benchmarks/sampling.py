@@ -2,7 +2,7 @@
 continuous batching.
 
     python -m benchmarks.sampling [--prompts 64] [--rounds 3] [--top-p 0.95] [--batch-tokens 2048]
-    python -m benchmarks.sampling --shared [--rounds 3]
+    python -m benchmarks.sampling --shared [--rounds 3] [--hybrid qwen3_5] [--cases chat system]
 
 There are two sets of prompts for the model of `step_model` with its adapter: prompts and continuations of
 equal lengths, and of mixed lengths (20 to 1,000 tokens, continued by 8 to 128) as in an evaluation.
@@ -14,12 +14,15 @@ ratio of the medians. If continuous batching does not run on this machine, its c
 line says why.
 
 With `--shared`, the cases are of prompts that share beginnings, and this engine runs them with and without
-reusing what they share, each round with a new client:
+reusing what they share, each round with a new client. With `--hybrid` the model is one of `benchmarks.hybrids
+--wide`, which has recurrent layers, without an adapter.
 
-samples   16 samples of 32 tokens for one prompt of 500
-chat      10 turns of a conversation that begins with 100 tokens: questions of 40 tokens, replies of 32
-system    64 prompts of 40 tokens after a common system prompt of 300, continued by 16
-nothing   64 prompts of 340 tokens that share nothing, continued by 16
+samples    16 samples of 32 tokens for one prompt of 500
+group      the same as 16 requests of one sample
+chat       10 turns of a conversation that begins with 100 tokens: questions of 80 tokens, replies of 32
+rewritten  the same, but the last 4 tokens of a prompt and the first 10 of a reply are not in the next prompt
+system     64 prompts of 40 tokens after a common system prompt of 300, continued by 16
+nothing    64 prompts of 340 tokens that share nothing, continued by 16
 
 The table has the least CPU time of each side's rounds, their ratio and the ratio of the medians, the same
 for the time in prefills alone, and how many of the prompts' tokens were not computed.
@@ -40,7 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.step_data import VOCAB_SIZE
+from benchmarks import hybrids
 from benchmarks.step_model import load_adapted_model, make_folders
 from cookbook import ModelInput, SampleResponse, SamplingClient, SamplingParams, ServiceClient
 from cookbook.engine.sampling.decoders import PackedDecoder
@@ -161,12 +164,20 @@ def samples(ask: Ask, text: Callable[[int], list[int]]) -> None:
     ask([text(500)], 16, 32)
 
 
-def chat(ask: Ask, text: Callable[[int], list[int]]) -> None:
+def group(ask: Ask, text: Callable[[int], list[int]]) -> None:
+    ask([text(500)] * 16, 1, 32)
+
+
+def chat(ask: Ask, text: Callable[[int], list[int]], opening: int = 0, thought: int = 0) -> None:
     history = text(100)
     for _ in range(10):
-        history += text(40)
-        (response,) = ask([history], 1, 32)
-        history = history + response.sequences[0].tokens
+        history += text(80)
+        (response,) = ask([history + text(opening)], 1, 32)
+        history = history + response.sequences[0].tokens[thought:]
+
+
+def rewritten(ask: Ask, text: Callable[[int], list[int]]) -> None:
+    chat(ask, text, opening=4, thought=10)
 
 
 def system(ask: Ask, text: Callable[[int], list[int]]) -> None:
@@ -190,15 +201,18 @@ class TimedDecoder(PackedDecoder):
         return logits_GV
 
 
-def compare_shared(service: ServiceClient, folder: Path, adapter_folder: Path, num_rounds: int) -> None:
+SHARED = {case.__name__: case for case in (samples, group, chat, rewritten, system, nothing)}
+
+
+def compare_shared(make_client: Callable[[], SamplingClient], cases: list[str], num_rounds: int) -> None:
     """Prints the table of `--shared`."""
     columns = f"{'reused':>9}{'not':>9}{'ratio':>8}{'medians':>9}"
     print(f"{'':10}{'all: CPU seconds':>35}{'prefills':>35}\n{'':10}{columns}{columns}")
-    for case in (samples, chat, system, nothing):
+    for name in cases:
         times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for number in range(num_rounds + 1):
             for reuses in (True, False) if number % 2 else (False, True):
-                client = service.create_sampling_client(str(adapter_folder), str(folder / "model"))
+                client = make_client()
                 num_prompt_tokens = num_hits = 0
                 rng = np.random.default_rng(0)
 
@@ -220,19 +234,21 @@ def compare_shared(service: ServiceClient, folder: Path, adapter_folder: Path, n
 
                 ask([[5, 6]], 1, 1)  # prepares the adapter and chooses the decoder
                 client._engine.wait()
-                base = client._engine.base
+                base, vocab_size = client._engine.base, client._engine.base.vocab_size
                 base.reuses_prompts, base.make_decoder = reuses, TimedDecoder
                 num_prompt_tokens = num_hits = 0
                 TimedDecoder.prefill_seconds = 0.0
                 started = time.process_time()
-                case(ask, lambda length, rng=rng: rng.integers(VOCAB_SIZE, size=length).tolist())
+                SHARED[name](
+                    ask, lambda num, rng=rng, size=vocab_size: rng.integers(3, size, size=num).tolist()
+                )
                 if number:  # the first round warms up
                     spent = time.process_time() - started
                     times[reuses].append((spent, TimedDecoder.prefill_seconds))
                 client.close()
                 if reuses:
                     share = num_hits / num_prompt_tokens
-        line = f"{case.__name__:10}"
+        line = f"{name:10}"
         for reused, not_reused in zip(
             zip(*times[True], strict=True), zip(*times[False], strict=True), strict=True
         ):
@@ -255,12 +271,23 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step of continuous batching")
     parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--hybrid", choices=hybrids.FAMILIES)
+    parser.add_argument("--cases", nargs="*", choices=SHARED, default=[*SHARED])
     arguments = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "cookbook-benchmarks"
     _, adapter_folder = make_folders(folder)
     service = ServiceClient(device="cpu")
     if arguments.shared:
-        compare_shared(service, folder, adapter_folder, arguments.rounds)
+        if arguments.hybrid is None:
+            adapter, model_folder = str(adapter_folder), folder / "model"
+        else:
+            adapter = None
+            model_folder = hybrids.make_model(arguments.hybrid, folder / arguments.hybrid, is_wide=True)
+        compare_shared(
+            lambda: service.create_sampling_client(adapter, str(model_folder)),
+            arguments.cases,
+            arguments.rounds,
+        )
         service.close()
         return
     client = service.create_sampling_client(adapter_folder, str(folder / "model"))

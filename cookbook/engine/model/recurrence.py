@@ -101,7 +101,7 @@ class SplitRow:
     def of(cls, layout: AttentionLayout) -> SplitRow:
         device, lengths = layout.starts.device, [stop - start for start, stop in layout.segments]
         cache = layout.cache
-        if layout.tree is not None:
+        if cache is None and layout.tree is not None:
             return cls._of_paths(layout.segments, layout.tree, batches_by_length(layout.tree.lengths), device)
         if cache is None:
             place_N, shapes = _placed(layout.segments, batches_by_length(lengths))
@@ -116,13 +116,18 @@ class SplitRow:
                 is_single_tokens=True,
             )
         # A state is that after the last token, so padding is on the left. How much there is depends on a
-        # sequence alone.
-        by_length: dict[int, list[int]] = {}
+        # sequence alone. Padding would change a state that is continued, so such a sequence has none.
+        by_width: dict[tuple[int, bool], list[int]] = {}
         for index, length in enumerate(lengths):
-            by_length.setdefault(length + -length % _PREFILL_MULTIPLE, []).append(index)
-        batches = list(by_length.values())
-        is_padded = [any(lengths[index] != padded for index in by_length[padded]) for padded in by_length]
-        place_N, shapes = _placed(layout.segments, batches, list(by_length))
+            is_continued = cache.is_continued(index)
+            width = length if is_continued else length + -length % _PREFILL_MULTIPLE
+            by_width.setdefault((width, is_continued), []).append(index)
+        batches, widths = list(by_width.values()), [width for width, _ in by_width]
+        is_padded = [
+            any(lengths[index] != width for index in batch)
+            for width, batch in zip(widths, batches, strict=True)
+        ]
+        place_N, shapes = _placed(layout.segments, batches, widths)
         return cls(copy_to(device, place_N), shapes, cache.new_states(batches), is_padded)
 
     @classmethod
@@ -301,7 +306,7 @@ class RecurrentLayers:
             self._row = SplitRow.of(layout)
 
     def _splitting(self, mixer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-        own_chunk_size = getattr(mixer, "chunk_size", None)
+        own_chunk_size, layer_idx = getattr(mixer, "chunk_size", None), getattr(mixer, "layer_idx", None)
         signature = inspect.signature(forward)
         cache_name = next((name for name in _CACHE_NAMES if name in signature.parameters), "")
         mask_name = next((name for name in _MASK_NAMES if name in signature.parameters), "")
@@ -340,7 +345,8 @@ class RecurrentLayers:
             try:
                 for number, part in enumerate(row.split(arguments)):
                     if row.states is not None:
-                        part[cache_name] = row.states[number]
+                        part[cache_name] = states = row.states[number]
+                        sampling_functions.continue_from(states.get_recurrent_state(layer_idx))
                         if not row.is_padded[number]:
                             part[mask_name] = None
                     if isinstance(own_chunk_size, int) and is_on_cpu:

@@ -11,7 +11,7 @@ share B and C of Mamba, D size of a head, N size of a state. In a scan: P tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,9 +28,22 @@ class SamplingFunctions(ReplacedFunctions):
 
     def __init__(self, mixer: nn.Module) -> None:
         ours = dict(_FUNCTIONS)
+        ours["mamba_selective_scan"] = self._scan
+        self._states_before: Iterator[Tensor] = iter(())
         if limit := getattr(mixer, "time_step_limit", None):
             ours["mamba2_selective_state_update"] = functools.partial(mamba2_step, dt_limit=tuple(limit))
         super().__init__(mixer, ours, lambda name, theirs: ours[name])
+
+    def continue_from(self, state: Tensor | None) -> None:
+        """Sets the state before the next scans of Mamba, which transformers does not pass to them.
+
+        It is [R, C, N], or [R, H, C, N] if there is a scan for each head.
+        """
+        states = () if state is None else (state,) if state.ndim == 3 else state.unbind(1)
+        self._states_before = iter(states)
+
+    def _scan(self, *args: Any, **kwargs: Any) -> Any:
+        return selective_scan(*args, **(kwargs | {"initial_state": next(self._states_before, None)}))
 
 
 def convolution_step(
@@ -259,6 +272,5 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chunk_kimi_delta_attention": delta_rule_scan,
     "mamba2_selective_state_update": mamba2_step,
     "mamba_selective_state_update": mamba_step,
-    "mamba_selective_scan": selective_scan,
 }
 """By their names in transformers 5.23. A model that has none of these names uses its own functions."""

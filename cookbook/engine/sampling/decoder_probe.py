@@ -134,8 +134,6 @@ def _why_not_reused(base: BaseModel, texts: list[np.ndarray], expected: list[Ten
     """Returns why prompts do not reuse what they share with earlier ones, or None if they do."""
     if not base.decodes_packed:
         return "its prompts do not share rows"
-    if base.recurrent.mixers:
-        return "its layers keep states, which no later prompt can continue at another token"
     if base.min_shared_tokens is None:
         return "its layers do not compute what sequences share once"
     return _why_different(base, lambda: _differences_of_reuse(base, texts, expected))
@@ -144,14 +142,19 @@ def _why_not_reused(base: BaseModel, texts: list[np.ndarray], expected: list[Ten
 def _differences_of_reuse(
     base: BaseModel, texts: list[np.ndarray], expected: list[Tensor]
 ) -> Iterator[float]:
-    """Yields the difference of logits after texts that share a row, and after texts that reuse their keys."""
-    decoder = PackedDecoder(base)
+    """Yields the difference of logits after texts that share a row, and after texts that reuse their keys.
+
+    Texts are continued from states in passes of their own: by several tokens, by one and by none.
+    """
+    decoder, has_states = PackedDecoder(base), bool(base.recurrent.mixers)
     decoder.prompts, decoder.min_shared = PromptTree(weakref.WeakSet()), 1
-    decoder.prompts.limit(sum(map(len, texts)))
-    for number_of_tokens in (-1, -2):
+    decoder.prompts.limit(2 * sum(map(len, texts)))
+    for number_of_tokens in (-5, -2, -1) if has_states else (-1, -2):
         parts = [text_T[:number_of_tokens] for text_T in texts]
         groups = [[sequence] for text_T in parts for sequence in _start(base, text_T, 1)]
-        for text_T, expected_TV, found_V in zip(parts, expected, decoder.prefill(groups), strict=True):
+        passes = [[group] for group in groups] if has_states else [groups]
+        found = [logits_V for each in passes for logits_V in decoder.prefill(each)]
+        for text_T, expected_TV, found_V in zip(parts, expected, found, strict=True):
             yield _difference(expected_TV[len(text_T) - 1], found_V)
         for (sequence,), text_T in zip(groups, texts, strict=True):
             sequence.append(int(text_T[sequence.length]), 0.0)

@@ -12,7 +12,7 @@ bucket, D head size.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -24,7 +24,7 @@ from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.prefix_tree import Segment
 from cookbook.engine.sampling.prompt_tree import KnownPart
 from cookbook.engine.sampling.recurrent_states import RecurrentStates
-from cookbook.engine.sampling.sequence import Sequence
+from cookbook.engine.sampling.sequence import CachedText
 
 _CAPACITIES = [64, 128, *sorted({size << power for power in range(24) for size in (256, 384)})]
 """There are few short ones: each bucket is a call of the attention, which costs more than the padding."""
@@ -41,7 +41,7 @@ class LengthBucket:
     """
 
     capacity: int
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: list[CachedText] = field(default_factory=list)
     """By row."""
     keys: dict[Layer, Tensor] = field(default_factory=dict)
     values: dict[Layer, Tensor] = field(default_factory=dict)
@@ -87,38 +87,55 @@ class KVCache:
         self.is_prefill = False
         """Whether the pass is over prompts, which use the attention of packed rows."""
         self._buckets: dict[int, LengthBucket] = {}
-        self._groups: list[list[Sequence]] = []
+        self._groups: Sequence[Sequence[CachedText]] = []
         """The groups of the prefill."""
         self._paths: list[list[Segment]] = []
         """The places of each group's text among the keys of the prefill."""
         self._known: list[KnownPart] = []
         """The keys of the prefill that stand before those of its row."""
-        self._order: list[Sequence] = []
+        self._states_before: Sequence[RecurrentStates | None] = ()
+        """The states that each group's text is continued from."""
+        self._order: list[CachedText] = []
         """The sequences of the decode pass, in the order of their tokens."""
-        self._states: list[tuple[RecurrentStates, dict[Sequence, int]]] = []
+        self._states: list[tuple[RecurrentStates, dict[CachedText, int]]] = []
         """States of recurrent layers, and the row of each sequence in them: those of the last decode pass,
         then those of later prefills."""
 
     # -- between passes ---------------------------------------------------------------------
 
     def begin_prefill(
-        self, groups: list[list[Sequence]], paths: list[list[Segment]], known: list[KnownPart]
+        self,
+        groups: Sequence[Sequence[CachedText]],
+        paths: list[list[Segment]],
+        known: list[KnownPart],
+        states_before: Sequence[RecurrentStates | None] = (),
     ) -> None:
         """Prepares for a pass over prompts: the sequences of group i get the keys and values of path i.
 
         A path has the places of the text's tokens: among the tokens of the `known` nodes, which stand first,
-        and of the row.
+        and of the row. `states_before` are those after the known tokens of each text, for recurrent layers.
         """
         self.is_prefill, self._groups, self._paths, self._known = True, groups, paths, known
+        self._states_before = states_before
         for sequence in (sequence for group in groups for sequence in group):
             self._place(sequence)
 
-    def begin_decode(self, sequences: list[Sequence]) -> list[int]:
+    def place(self, group: Sequence[CachedText], path: list[KnownPart]) -> None:
+        """Gives sequences the keys, values and states of a text that is known whole."""
+        length, end = sum(part for _, part in path), path[-1][0].end
+        assert end is not None
+        self.begin_prefill([group], [[(0, length)]], path)
+        for layer, key_HTD in path[0][0].keys.items():
+            self.store(layer, key_HTD[None, :, :0], path[0][0].values[layer][None, :, :0])
+        self._states.append((end.states.row(0), dict.fromkeys(group, 0)))
+
+    def begin_decode(self, sequences: Sequence[CachedText]) -> list[int]:
         """Prepares for a pass over the newest token of each sequence in the cache.
 
         Returns the order of their tokens in the packed row, as indices of `sequences`.
         """
         self.is_prefill, self._groups, self._paths, self._known = False, [], [], []
+        self._states_before = ()
         grown = [sequence for sequence in sequences if sequence.length > sequence.capacity]
         for capacity in {sequence.capacity: None for sequence in grown}:
             self._grow([sequence for sequence in grown if sequence.capacity == capacity])
@@ -129,7 +146,7 @@ class KVCache:
         self._order = [sequence for bucket in self._buckets.values() for sequence in bucket.sequences]
         return [indices[sequence] for sequence in self._order]
 
-    def _grow(self, sequences: list[Sequence]) -> None:
+    def _grow(self, sequences: list[CachedText]) -> None:
         """Moves sequences of one bucket to that of their length, in one copy for each layer."""
         old, rows = self._buckets[sequences[0].capacity], [sequence.row for sequence in sequences]
         buckets = [self._place(sequence) for sequence in sequences]
@@ -146,7 +163,7 @@ class KVCache:
                 new_RHCD[:, :, old.capacity :] = 0
         self._free(old, rows)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: CachedText) -> None:
         """Frees the keys and values of a sequence."""
         self._free(self._buckets[sequence.capacity], [sequence.row])
         sequence.capacity, sequence.row = 0, -1
@@ -163,7 +180,7 @@ class KVCache:
         states = [states for states, _ in self._states if states.num_rows]
         return per_position, states[0].num_bytes // states[0].num_rows if states else 0
 
-    def of(self, sequence: Sequence) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
+    def of(self, sequence: CachedText) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
         """Returns views of a sequence's keys and values, [H, C, D] for each layer."""
         bucket, row = self._buckets[sequence.capacity], sequence.row
         keys, values = (
@@ -172,7 +189,11 @@ class KVCache:
         )
         return keys, values
 
-    def _place(self, sequence: Sequence) -> LengthBucket:
+    def states_of(self, sequence: CachedText) -> RecurrentStates:
+        """Returns a copy of a sequence's states."""
+        return next(states.row(rows[sequence]) for states, rows in self._states if sequence in rows)
+
+    def _place(self, sequence: CachedText) -> LengthBucket:
         capacity = capacity_for(sequence.length)
         bucket = self._buckets.setdefault(capacity, LengthBucket(capacity))
         sequence.capacity, sequence.row = capacity, len(bucket.sequences)
@@ -186,8 +207,15 @@ class KVCache:
 
     # -- within a pass of the model ---------------------------------------------------------
 
-    def new_states(self, batches: Iterable[Iterable[int]]) -> list[RecurrentStates]:
-        """Returns, in a prefill, empty states for each batch, given the segments of its rows."""
+    def is_continued(self, segment: int) -> bool:
+        """Returns, in a prefill, whether a segment continues states that are known."""
+        return segment < len(self._states_before) and self._states_before[segment] is not None
+
+    def new_states(self, batches: Sequence[Sequence[int]]) -> list[RecurrentStates]:
+        """Returns, in a prefill, the states before each batch, given the segments of its rows.
+
+        All segments of a batch continue known states, or none does.
+        """
         added = []
         for segments in batches:
             rows = {
@@ -196,7 +224,12 @@ class KVCache:
                 if segment < len(self._groups)  # the last segment may be padding
                 for sequence in self._groups[segment]
             }
-            added.append((RecurrentStates(), rows))
+            states = RecurrentStates()
+            if self.is_continued(segments[0]):
+                before = [self._states_before[segment] for segment in segments]
+                sources = [(each, {row: 0}) for row, each in enumerate(before) if each is not None]
+                states = RecurrentStates.gathered(sources, range(len(before)), len(before))
+            added.append((states, rows))
         self._states += [(states, rows) for states, rows in added if rows]
         return [states for states, _ in added]
 

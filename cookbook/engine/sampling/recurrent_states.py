@@ -56,6 +56,14 @@ class RecurrentStates:
             found._states[key] = _by_token(gathered) if key[0] == "conv" else gathered
         return found
 
+    def row(self, row: int) -> RecurrentStates:
+        """Returns a copy of the states of one row."""
+        found = RecurrentStates()
+        for key, state in self._states.items():
+            one = state[row : row + 1]
+            found._states[key] = _by_token(one) if key[0] == "conv" else one.clone()
+        return found
+
     @property
     def num_rows(self) -> int:
         return len(next(iter(self._states.values()), ()))

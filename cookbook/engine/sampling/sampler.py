@@ -63,6 +63,8 @@ class SamplingLimits:
     """The number of cached positions. A sequence that runs alone may have more."""
     state_positions: int = 0
     """How many cached positions take the memory of one sequence's states of recurrent layers."""
+    end_positions: int = 0
+    """The same for the states, and the logits, that are kept after a text."""
     max_kept_tokens: int = 0
     """The number of cached positions that are kept for later prompts, where running sequences leave them."""
 
@@ -71,8 +73,9 @@ class SamplingLimits:
         """Returns the limits for the model's device, given the memory that is free now."""
         kind = "cuda" if base.device.type == "cuda" else "cpu"
         make_decoder(base)  # measures the cache
-        per_position = base.cache_bytes[0] or _cache_bytes_per_token(base)
-        num_kept = sum(tree.num_tokens for tree in base.prompt_trees)
+        per_position, state_bytes = base.cache_bytes
+        per_position = per_position or _cache_bytes_per_token(base)
+        num_kept = sum(tree.num_positions for tree in base.prompt_trees)
         room = bytes_for_sampling(base.device, held=num_kept * per_position)
         if base.is_sharded:  # all processes admit the same sequences
             (room,) = base.world.all_reduce_min(room)
@@ -81,7 +84,8 @@ class SamplingLimits:
             _MAX_SEQUENCES[kind],
             max_prefill_tokens[kind],
             room // per_position,
-            math.ceil(base.cache_bytes[1] / per_position),
+            math.ceil(state_bytes / per_position),
+            math.ceil((state_bytes + 4 * base.vocab_size) / per_position) if state_bytes else 0,
             int(_KEPT_SHARE * room) // per_position,
         )
 
@@ -124,7 +128,7 @@ class Sampler:
             adapter, seed = self._prepared.result()
             with torch.no_grad(), self._base.adapters.using(adapter):
                 limits = self._limits or SamplingLimits.on(self._base)
-                self._prompts = self._prompts or PromptTree(self._base.prompt_trees)
+                self._prompts = self._prompts or PromptTree(self._base.prompt_trees, limits.end_positions)
                 batch = _RunningBatch(self._base, seed, limits, self._prompts)
                 while arrived or batch.scores or batch.waiting or batch.running:
                     for request in arrived:

@@ -1,4 +1,4 @@
-"""`Sequence`, the unit of work of a sampler."""
+"""`Sequence`, the unit of work of a sampler, and `CachedText`, that of its cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from cookbook.engine.sampling.requests import SampleRequest
 from cookbook.types import StopReason
 
 
+@dataclass(eq=False, kw_only=True)
+class CachedText:
+    """A text whose keys, values and states are in the cache, or will be."""
+
+    length: int = 0
+    """The number of tokens."""
+    capacity: int = 0
+    """The capacity of the length bucket that holds it, or 0 if none does."""
+    row: int = -1
+    """The row in that bucket."""
+
+
 @dataclass(eq=False)
-class Sequence:
+class Sequence(CachedText):
     """One sample in progress: it waits to be admitted, runs, and stops.
 
     It depends on its request and its own random stream alone, never on what it is batched with.
@@ -30,14 +42,8 @@ class Sequence:
     """The most likely tokens in the place of each of `tokens`, if they were requested."""
     stop_reason: StopReason | None = None
     """None until the sequence is complete."""
-    length: int = field(init=False)
-    """The number of tokens, including the prompt's."""
     uniform: float = field(init=False)
     """The number in [0, 1) with which the next token is sampled. A preemption does not change it."""
-    capacity: int = 0
-    """The capacity of the length bucket that holds the sequence, or 0 if none does."""
-    row: int = -1
-    """The row in that bucket."""
 
     def __post_init__(self) -> None:
         self.length = len(self.request.prompt_T)
