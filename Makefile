@@ -142,7 +142,7 @@ kernels: setup build/kernels/triton
 	$(BIN)/python -m pytest -m "slow or not slow" tests/cookbook/engine/model/test_kernels.py
 
 build/kernels/triton:
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/kernels 'triton==3.9.0' 'liger-kernel>=0.8'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/kernels 'triton==3.9.0'
 
 # everything that needs a GPU, in ten minutes at most
 gpu: setup

@@ -107,7 +107,7 @@ def costs_of(
 
     from benchmarks.fake_cuda.device import FakeCuda
     from benchmarks.fake_cuda.outline import outline, step_costs, token_costs
-    from cookbook.engine.model.kernels import PACKAGES
+    from cookbook.engine.model.kernels import NAMES
     from cookbook.types import LoraConfig, SamplingParams
 
     shape = dict(MODELS[model])
@@ -117,7 +117,7 @@ def costs_of(
     found = []
     for layers in (period, 2 * period):
         config = AutoConfig.for_model(model_type, **{**shape, "num_hidden_layers": layers})
-        with FakeCuda(answers, PACKAGES if has_kernels else ()) as device:
+        with FakeCuda(answers, NAMES if has_kernels else ()) as device:
             base = outline(config, checkpointing)
             if what == "step":
                 lora = LoraConfig(rank=LORA_RANK, seed=0, train_unembed=False)
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="without Triton and Liger-Kernel (`engine/model/kernels.py`)",
+        help="without Triton (`engine/model/kernels.py`)",
     )
     arguments = parser.parse_args()
     library.load()

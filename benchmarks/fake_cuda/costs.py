@@ -78,7 +78,8 @@ class Costs:
                 self._places.append(place)
             return place
         index = bisect.bisect_left(self._sequence_numbers, node._sequence_nr() + 1)
-        return self._places[min(index, len(self._places) - 1)] if self._places else place
+        # a later number is that of an operator which a function of autograd has called in its backward pass
+        return self._places[index] if index < len(self._places) else place
 
     def _work(self, call: OperatorCall) -> tuple[Kind, int]:
         """Returns the kind of kernel, and its floating-point operations."""

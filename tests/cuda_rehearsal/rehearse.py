@@ -4,6 +4,7 @@
 
 Prints a line of JSON for each family and activity: what was launched, where the host waited, where tensors of
 float64 were made, and the error if there was one. With `--planted` each defect of `planted` is tried too.
+Each family has a process of its own, forked from this one, which has imported everything.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import asyncio  # noqa: E402
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import functools  # noqa: E402
+import gc  # noqa: E402
 import json  # noqa: E402
+import multiprocessing  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from concurrent.futures import Future  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -36,7 +39,7 @@ from waits import ANSWERS, NOT_CAPTURED  # noqa: E402
 
 from benchmarks.fake_cuda.device import FakeCuda, Recording  # noqa: E402
 from cookbook.engine.model.base_model import BaseModel  # noqa: E402
-from cookbook.engine.model.kernels import PACKAGES  # noqa: E402
+from cookbook.engine.model.kernels import NAMES  # noqa: E402
 from cookbook.engine.options import EngineOptions, OptimizerBits, Quantization  # noqa: E402
 from cookbook.engine.sampling import decode_graphs  # noqa: E402
 from cookbook.engine.sampling.decoder_probe import make_decoder  # noqa: E402
@@ -192,7 +195,7 @@ class Rehearsal:
         try:
             return self.train(rank=4)
         finally:
-            self._device.kernels = tuple(PACKAGES)
+            self._device.kernels = NAMES
 
     @contextlib.contextmanager
     def _trainer(
@@ -265,6 +268,18 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]} ({' < '.join(places[::-1][:6])})"
 
 
+def rehearse(name: str, folder: Path, is_planted: bool) -> None:
+    """Prints what happens in each activity of a family."""
+    device = FakeCuda(ANSWERS)
+    rehearsal = Rehearsal(name, folder, device)
+    with device:
+        for activity, run in rehearsal.activities():
+            report(name, activity, run)
+        if is_planted:
+            for activity, run in rehearsal.planted():
+                report(name, activity, run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -274,15 +289,17 @@ def main() -> None:
     parser.add_argument("--planted", action="store_true", help="train the first family with each defect")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    for name in arguments.families:
-        device = FakeCuda(ANSWERS)
-        rehearsal = Rehearsal(name, arguments.folder / name, device)
-        with device:
-            for activity, run in rehearsal.activities():
-                report(name, activity, run)
-            if arguments.planted and name == arguments.families[0]:
-                for activity, run in rehearsal.planted():
-                    report(name, activity, run)
+    gc.freeze()  # a collection of a forked process would traverse all that was imported
+    fork = multiprocessing.get_context("fork")
+    for number, name in enumerate(arguments.families):
+        process = fork.Process(
+            target=rehearse, args=(name, arguments.folder / name, arguments.planted and number == 0)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            error = f"its process ended with {process.exitcode}"
+            print(json.dumps({"family": name, "activity": "end", "error": error}), flush=True)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,10 @@ def test_moments_in_8_bits_are_stepped_on_by_the_kernel_of_bitsandbytes(found: F
     assert "optimizer_update_8bit_blockwise" not in found["qwen3", "train all weights"]["operators"]
 
 
+GATED = ("gemma2", "glm4", "phi3", "qwen3_moe")
+"""Families with GELU, with gate and up of one linear layer, and with experts."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_runs_on_a_cuda_device_and_waits_only_where_there_is_a_reason(
@@ -129,6 +133,8 @@ def test_every_family_runs_on_a_cuda_device_and_waits_only_where_there_is_a_reas
     activities = of(rehearse(programs, tmp_path, family), family)
     assert_refused_nothing(activities)
     assert_waits_are_known(activities)
+    if family in GATED:
+        assert {"gated_product", "gated_product_backward"} <= activities["train"]["operators"].keys()
 
 
 @pytest.mark.parametrize(

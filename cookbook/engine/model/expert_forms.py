@@ -11,13 +11,16 @@ second.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from cookbook.engine.model import fused
 
 Call: TypeAlias = Literal["routed", "all", "sorted"]
 """How experts get their tokens: "routed" as tokens [N, D] with the experts [N, K] of each and their weights
@@ -37,10 +40,19 @@ class ExpertsForm:
     has_norm: bool = False
     has_identity: bool = False
     """Whether tokens may choose experts behind the last one, which return their input."""
+    activation: str | None = None
+    """The activation of a gate that is a plain gated product (`kernels.ACTIVATIONS`)."""
 
 
 def form_of(module: nn.Module) -> ExpertsForm | None:
     """Returns the form of a module of experts, or None for an unknown one and for other modules."""
+    form = _form_without_activation(module)
+    if form is None or form.call == "sorted" or not form.has_gate:
+        return form
+    return replace(form, activation=fused.activation_of_halves(functools.partial(gated, module)))
+
+
+def _form_without_activation(module: nn.Module) -> ExpertsForm | None:
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias"):
         first = "gate_up_proj" if module.has_gate else "up_proj"
         return ExpertsForm(

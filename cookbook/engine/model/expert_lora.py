@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine.model import fp8
+from cookbook.engine.model import fp8, fused
 from cookbook.engine.model.expert_forms import ExpertsForm, form_of, gated
 from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.quantization import own_quantized_stacks
@@ -342,6 +342,8 @@ class _SortedRows(torch.autograd.Function):
 
 def _hidden(first: Product, up_SU: Tensor) -> Tensor:
     """Returns the inputs of the second product."""
+    if first.form.activation is not None and fused.has_kernels(up_SU):
+        return fused.gated_product_of_halves(up_SU, first.form.activation)
     hidden_SH: Tensor = gated(first.experts, up_SU) if first.form.has_gate else first.experts.act_fn(up_SU)
     return hidden_SH
 

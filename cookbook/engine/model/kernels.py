@@ -1,11 +1,11 @@
 """Operators of torch that are one kernel on CUDA: rotations, gated products, a block of the softmax.
 
-They are written in Triton, here (`triton_kernels`) or in Liger-Kernel, and registered with torch: it then
-knows what they return without running them, as on the fake device of `benchmarks`. Callers ask `is_used`
-first, and else compute the same with several kernels.
+They are written in Triton (`triton_kernels`) and registered with torch: it then knows what they return
+without running them, as on the fake device of `benchmarks`. Callers ask `is_used` first, and else compute the
+same with several kernels.
 
-Shape suffixes: B sequences, H heads, T tokens, E size of a head; X anything before the last axis, I the inner
-size of an MLP; C positions, K logits of a block of the vocabulary, J targets of a position.
+Shape suffixes: B sequences, H heads, T tokens, E size of a head; N tokens, I the inner size of an MLP; C
+positions, K logits of a block of the vocabulary, J targets of a position.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,22 +23,27 @@ from cookbook.engine import devices
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {"rotate": "triton", "softmax_block": "triton", "gated_product": "liger_kernel"}
-"""What has to be installed for a kernel. torch's builds for CUDA on Linux bring Triton along."""
+NAMES = ("rotate", "softmax_block", "gated_product")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
+"""The activations of gated products."""
 
 
 def is_used(name: str, device: torch.device) -> bool:
-    """Returns whether a kernel is installed and computes the right results on the device.
+    """Returns whether a kernel of `NAMES` runs on the device and computes the right results there.
 
-    The first call for a device runs it on a few numbers. A kernel that fails, as without a C compiler for
-    what launches it, is a warning.
+    torch's builds for CUDA on Linux bring Triton along. The first call for a device runs the kernel on a few
+    numbers. One that fails, as without a C compiler for what launches it, is a warning.
     """
     return device.type == "cuda" and _passes_trial(name, device)
 
 
 @functools.cache
 def _passes_trial(name: str, device: torch.device) -> bool:
-    if importlib.util.find_spec(PACKAGES[name]) is None or not devices.has_varlen_attention(device):
+    if importlib.util.find_spec("triton") is None or not devices.has_varlen_attention(device):
         return False
     try:
         problem = None if _TRIALS[name](device) else "its results are wrong"
@@ -72,21 +76,24 @@ def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, is_backward: bool) -> tupl
 
 
 @torch.library.custom_op("cookbook::gated_product", mutates_args=())
-def gated_product(gate_XI: Tensor, up_XI: Tensor, activation: str) -> Tensor:
-    """Returns activation(gate) * up."""
-    out_XI: Tensor = _liger(activation)[0](gate_XI.contiguous(), up_XI.contiguous())[2]
-    return out_XI
+def gated_product(gate_NI: Tensor, up_NI: Tensor, activation: str) -> Tensor:
+    """Returns activation(gate) * up. The rows of both may be anywhere in memory."""
+    from cookbook.engine.model import triton_kernels
+
+    return triton_kernels.gated_product(gate_NI, up_NI, activation)
 
 
 @gated_product.register_fake
 def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return torch.empty_like(gate)
+    return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("cookbook::gated_product_backward", mutates_args=("gate_XI", "up_XI"))
-def gated_product_backward(gate_XI: Tensor, up_XI: Tensor, grad_XI: Tensor, activation: str) -> None:
-    """Writes the gradients by gate and up in their place. All have to be contiguous."""
-    _liger(activation)[1](gate_XI, up_XI, grad_XI)
+@torch.library.custom_op("cookbook::gated_product_backward", mutates_args=("gate_NI", "up_NI"))
+def gated_product_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor, activation: str) -> None:
+    """Writes the gradients by gate and up in their place."""
+    from cookbook.engine.model import triton_kernels
+
+    triton_kernels.gated_product_backward(gate_NI, up_NI, grad_NI, activation)
 
 
 @gated_product_backward.register_fake
@@ -134,18 +141,6 @@ def _(
     return torch.empty_like(highest)
 
 
-@functools.cache
-def _liger(activation: str) -> tuple[Any, Any]:
-    """Returns the functions of the forward and of the backward pass."""
-    if activation == "silu":
-        from liger_kernel.ops import swiglu
-
-        return swiglu.swiglu_forward, swiglu.swiglu_backward
-    from liger_kernel.ops import geglu
-
-    return geglu.geglu_forward, geglu.geglu_backward
-
-
 # -- the trials ------------------------------------------------------------------------------
 
 
@@ -166,15 +161,15 @@ def _try_rotate(device: torch.device) -> bool:
 
 
 def _try_gated_product(device: torch.device) -> bool:
-    for activation, function in (("silu", F.silu), ("gelu", functools.partial(F.gelu, approximate="tanh"))):
-        gate, up, grad = _draw(4, 32), _draw(5, 32)[:4].contiguous(), _draw(6, 32)[:4].contiguous()
-        leaves = [x.float().requires_grad_() for x in (gate, up)]
+    for activation, function in ACTIVATIONS.items():
+        halves, grad = _draw(4, 64), _draw(4, 32)
+        leaves = [x.float().requires_grad_() for x in halves.chunk(2, 1)]
         with torch.enable_grad():
             expected = function(leaves[0]) * leaves[1]
             gradients = torch.autograd.grad(expected, leaves, grad.float())
-        gate, up, grad = (x.to(device) for x in (gate, up, grad))
+        gate, up = halves.to(device).chunk(2, 1)
         out = gated_product(gate, up, activation)
-        gated_product_backward(gate, up, grad, activation)
+        gated_product_backward(gate, up, grad.to(device), activation)
         if not all(map(_is_close, (out, gate, up), (expected.detach(), *gradients))):
             return False
     return True

@@ -18,6 +18,8 @@ from torch import Tensor
 
 _WARP_ELEMENTS = 1024
 """The elements of a row for each warp of 32 threads, which hold them in registers."""
+_GATED_BLOCK = 1024
+"""The elements of a row for each program of a gated product: 16 bytes for a thread of 4 warps in bfloat16."""
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -104,6 +106,78 @@ def rotate(
             num_warps=_num_warps(heads[0] * half),
         )  # fmt: skip
     return outs
+
+
+# -- the gated product of an MLP -------------------------------------------------------------
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    """Returns the share of the gate that the activation lets through, and the activation's derivative."""
+    if ACTIVATION == "silu":
+        share = tl.sigmoid(gate)
+        slope = share * (1 + gate * (1 - share))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(x)) / 2 is sigmoid(2 x)
+        square = gate * gate
+        share = tl.sigmoid(1.5957691216057308 * gate * (1 + 0.044715 * square))
+        slope = share + gate * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * square)
+    else:
+        share = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        slope = share + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    return share, slope
+
+
+@triton.jit
+def _gated_product(
+    gate, up, out, size, gate_stride, up_stride, out_stride,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program computes a block of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_in = columns < size
+    x = tl.load(gate + row * gate_stride + columns, mask=is_in, other=0).to(tl.float32)
+    y = tl.load(up + row * up_stride + columns, mask=is_in, other=0).to(tl.float32)
+    share, _ = _activate(x, ACTIVATION)
+    tl.store(out + row * out_stride + columns, x * share * y, mask=is_in)
+
+
+@triton.jit
+def _gated_product_backward(
+    gate, up, grad, size, gate_stride, up_stride, grad_stride,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program replaces a block of a row of gate and of up by their gradients."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_in = columns < size
+    gates, ups = gate + row * gate_stride + columns, up + row * up_stride + columns
+    x = tl.load(gates, mask=is_in, other=0).to(tl.float32)
+    y = tl.load(ups, mask=is_in, other=0).to(tl.float32)
+    slope_out = tl.load(grad + row * grad_stride + columns, mask=is_in, other=0).to(tl.float32)
+    share, slope = _activate(x, ACTIVATION)
+    tl.store(gates, slope_out * y * slope, mask=is_in)
+    tl.store(ups, slope_out * x * share, mask=is_in)
+
+
+def _launch_by_rows(kernel, activation: str, *tensors_NI: Tensor) -> None:
+    num_rows, size = tensors_NI[0].shape
+    assert all(x_NI.stride(1) == 1 or size == 1 for x_NI in tensors_NI)
+    block = min(_GATED_BLOCK, triton.next_power_of_2(size))
+    with _on_device_of(tensors_NI[0]):
+        kernel[(num_rows, triton.cdiv(size, block))](
+            *tensors_NI, size, *(x_NI.stride(0) for x_NI in tensors_NI), activation, block
+        )
+
+
+def gated_product(gate_NI: Tensor, up_NI: Tensor, activation: str) -> Tensor:
+    out_NI = gate_NI.new_empty(gate_NI.shape)
+    _launch_by_rows(_gated_product, activation, gate_NI, up_NI, out_NI)
+    return out_NI
+
+
+def gated_product_backward(gate_NI: Tensor, up_NI: Tensor, grad_NI: Tensor, activation: str) -> None:
+    _launch_by_rows(_gated_product_backward, activation, gate_NI, up_NI, grad_NI)
 
 
 # -- a block of the softmax over the vocabulary ----------------------------------------------

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from cookbook.engine.model import triton_kernels
+from cookbook.engine.model import kernels, triton_kernels
 from cookbook.engine.model.unembedding import BlockSizes
 
 
@@ -31,7 +31,7 @@ def compile_for(capability: int, kernel: Any, pointers: dict[str, str], constant
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names
     }
-    num_warps = triton_kernels._num_warps(constants.get("BLOCK", 0))
+    num_warps = 4 if "ACTIVATION" in constants else triton_kernels._num_warps(constants.get("BLOCK", 0))
     made = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
@@ -63,6 +63,10 @@ def main(capability: int) -> None:
     for has_softcap in (False, True):
         constants = {"HAS_SOFTCAP": has_softcap, "WRITES": True, "BLOCK": block, "num_targets": 1}
         compile_for(capability, triton_kernels._softmax_block, pointers, constants)
+    for activation in kernels.ACTIVATIONS:
+        constants = {"ACTIVATION": activation, "BLOCK": triton_kernels._GATED_BLOCK}
+        for kernel in (triton_kernels._gated_product, triton_kernels._gated_product_backward):
+            compile_for(capability, kernel, dict.fromkeys(("gate", "up", "out", "grad"), "*bf16"), constants)
 
 
 if __name__ == "__main__":

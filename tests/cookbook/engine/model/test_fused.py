@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
 
-from cookbook.engine.model import fused
+from cookbook.engine.model import fused, kernels
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -40,7 +43,14 @@ def results_of(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("family", "num_norms", "num_gated"),
-    [("qwen3", 9, 2), ("llama", 5, 2), ("mistral", 5, 2), ("gemma3_text", 0, 2), ("gpt2", 0, 0)],
+    [
+        ("qwen3", 9, 2),
+        ("llama", 5, 2),
+        ("mistral", 5, 2),
+        ("gemma3_text", 0, 2),
+        ("phi3", 5, 2),
+        ("gpt2", 0, 0),
+    ],
 )
 def test_logits_and_gradients_are_those_of_transformers(family: str, num_norms: int, num_gated: int) -> None:
     plain, other = (make_model(family) for _ in range(2))
@@ -50,21 +60,28 @@ def test_logits_and_gradients_are_those_of_transformers(family: str, num_norms: 
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gated_product_has_the_bits_of_the_plain_operations(activation: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     gate, up, grad = (torch.randn(7, 5, 16, generator=generator).to(dtype) for _ in range(3))
     results = []
+
+    def plain(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return kernels.ACTIVATIONS[activation](g) * u
+
     for product in (
         lambda g, u: fused.gated_product(g, u, activation),
-        lambda g, u: fused._ACTIVATIONS[activation](g) * u,
+        plain,
+        lambda g, u: fused.gated_product_of_halves(torch.cat([g, u], -1), activation),
+        lambda g, u: plain(*torch.cat([g, u], -1).chunk(2, -1)),
     ):
         leaves = [tensor.clone().requires_grad_() for tensor in (gate, up)]
         out = product(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    for found, expected in (results[:2], results[2:]):
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
 
 
 class NormOfMean(Qwen3RMSNorm):
@@ -98,6 +115,31 @@ def test_a_norm_of_another_formula_is_left_as_it_is(norm: nn.Module) -> None:
     forward = type(norm).forward
     assert fused.install(nn.ModuleList([norm])) == {"norms": 0, "gated products": 0}
     assert type(norm).forward is forward
+
+
+def make_mlp(kind: Any, *inputs: Any, **config: Any) -> nn.Module:
+    """Returns an MLP of transformers with large weights, so that limits on its activations are reached."""
+    settings = {"hidden_size": 32, "intermediate_size": 64, "hidden_act": "silu", "mlp_bias": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module: nn.Module = kind(SimpleNamespace(**{**settings, **config}), *inputs)
+        for weight in module.parameters():
+            nn.init.normal_(weight, std=5.0)
+    return module.requires_grad_(False)
+
+
+def test_limits_on_what_is_multiplied_are_kept() -> None:
+    """DeepSeek V4 limits both factors to 10 in all layers, Step 3.7 to 16 in some, which have one class."""
+    step = {"swiglu_limits_shared": [0.0, 16.0]}
+    mlps = nn.ModuleList([
+        make_mlp(DeepseekV4MLP, swiglu_limit=10.0),
+        *(make_mlp(Step3p7MLP, number, **step) for number in range(2)),
+    ])  # fmt: skip
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    expected = [mlp(x) for mlp in mlps]
+    assert fused.install(mlps)["gated products"] == 1
+    for mlp, each in zip(mlps, expected, strict=True):
+        torch.testing.assert_close(mlp(x), each)
 
 
 def test_norms_of_one_class_with_and_without_a_weight_are_told_apart() -> None:

@@ -21,6 +21,14 @@ CASES = {
     "rotation of 3 heads of 24": 1e-6,
     "rotation in bfloat16": 2**-7,  # the interpreter cuts bits off where a GPU rounds (`cvt.rn`)
     "trials": 0.0,
+    "gated product, silu": 1e-6,
+    "gated product, gelu": 1e-6,
+    "gated product, gelu_tanh": 1e-6,
+    "gated product of halves, silu": 1e-6,
+    "gated product of halves, gelu": 1e-6,
+    "gated product of halves, gelu_tanh": 1e-6,
+    "gated product in bfloat16": 2**-7,  # as above
+    "gated product of experts": 1e-6,
     "softmax": 1e-5,
     "softmax with an adapter and trained weights": 1e-5,
     "softmax with a softcap": 1e-5,
@@ -41,7 +49,7 @@ needs_triton = pytest.mark.skipif(
 
 def run(*argv: str, **environment: str) -> list[Any]:
     """Returns what a program of this folder prints, run with Triton."""
-    path = os.pathsep.join(map(str, (ROOT, INSTALLED)))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers", INSTALLED)))
     ended = subprocess.run(
         [sys.executable, Path(__file__).with_name(argv[0]), *argv[1:]],
         env={**os.environ, "PYTHONPATH": path, **environment},
@@ -75,7 +83,12 @@ def test_a_kernel_computes_the_results_and_gradients_of_float64(errors: dict[str
 @pytest.mark.parametrize("capability", ["80", "90"])
 def test_the_kernels_compile_for_a_gpu_and_hold_a_row_in_registers(tmp_path: Path, capability: str) -> None:
     found = run("compiled.py", capability, TRITON_CACHE_DIR=str(tmp_path))
-    assert [kernel for kernel, *_ in found] == ["_rotate", "_softmax_block", "_softmax_block"]
+    assert [kernel for kernel, *_ in found] == [
+        "_rotate",
+        "_softmax_block",
+        "_softmax_block",
+        *["_gated_product", "_gated_product_backward"] * len(kernels.ACTIVATIONS),
+    ]
     for _, spilled_bytes, shared_bytes, rounds in found:
         assert spilled_bytes <= 256  # of the 64 registers of each thread
         assert shared_bytes <= 1024
@@ -83,4 +96,4 @@ def test_the_kernels_compile_for_a_gpu_and_hold_a_row_in_registers(tmp_path: Pat
 
 
 def test_no_kernel_is_used_on_a_cpu() -> None:
-    assert not any(kernels.is_used(name, torch.device("cpu")) for name in kernels.PACKAGES)
+    assert not any(kernels.is_used(name, torch.device("cpu")) for name in kernels.NAMES)
