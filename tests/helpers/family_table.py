@@ -853,7 +853,9 @@ FAMILIES: dict[str, TinyFamily] = {
         use_mamba_kernels=False,
     ),
     "xlstm": text_model("xlstm", num_blocks=2, num_heads=4, chunk_size=16, hidden_size=64, qk_dim_factor=1.0),
-    "rwkv": text_model("rwkv", context_length=512, attention_hidden_size=32),
+    "rwkv": text_model(
+        "rwkv", context_length=512, attention_hidden_size=32, num_hidden_layers=4, rescale_every=2
+    ),
     "biogpt": text_model("biogpt"),
     "codegen": text_model("codegen", rotary_dim=4, n_ctx=512),
     "xglm": text_model("xglm", ffn_dim=48),

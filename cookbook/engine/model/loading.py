@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from cookbook import models
 from cookbook.engine.model import expert_lora, text_part
@@ -36,8 +37,25 @@ def load_model(
         quantized.check_quantized(model, model_name)
         expert_lora.run_quantized(model)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
+    _keep_scales(model)
     text_part.move_to(model, device)
     return model.eval().requires_grad_(False)
+
+
+def _keep_scales(model: nn.Module) -> None:
+    """Lets RWKV run with its weights as they are, as in training mode.
+
+    In evaluation mode transformers divides the hidden states by 2 every `rescale_every` layers, and the weights
+    of the layers behind by the same power of 2, against overflow in float16. An adapter's results would not be
+    divided, full fine-tuning would save the divided weights, and those in 4 bits would be rounded twice.
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            module._rescale_layers = _do_nothing  # type: ignore[assignment]
+
+
+def _do_nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -54,16 +54,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_quantized(model: Any, model_name: str) -> None:
-    """Raises ConfigError for a model that quantization does not serve.
-
-    Most weights of its language model are outside linear layers and experts, or it scales them while it runs
-    (RWKV), which would round them twice.
-    """
-    if getattr(model.config, "rescale_every", 0):
-        raise ConfigError(
-            f"quantization is not supported for {model_name}: it scales its weights while it runs "
-            f"(rescale_every={model.config.rescale_every}). Use quantization=None."
-        )
+    """Raises ConfigError if most weights of a language model are outside linear layers and experts."""
     others = frozen_parameters(model)
     layers = [m for m in model.modules() if is_quantized(m) and m.weight not in others]
     stacked = {id(weight): weight.numel() for weight in quantized_stacks(model)}

@@ -11,10 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine.model import packed_weights
+from cookbook.engine.model import architecture, packed_weights
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import is_out_of_memory
-from cookbook.engine.sampling.decoders import Decoder, PackedDecoder, UncachedDecoder, WholeModelDecoder
+from cookbook.engine.sampling.decoders import (
+    Decoder,
+    PackedDecoder,
+    UncachedDecoder,
+    WholeModelDecoder,
+    has_own_windows,
+)
 from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import sample_request
 from cookbook.engine.sampling.sequence import Sequence
@@ -70,6 +76,8 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
         base.cache_bytes = 0, 0
     with base.adapters.using(None):
         reason = _why_not_reused(base, texts[1:], expected[1:])
+        if found is WholeModelDecoder:
+            _warn_of_own_windows(base, texts[2])
     base.reuses_prompts = reason is None
     if reason is not None:
         logger.info("%s computes every prompt from its first token when sampling: %s.", base.name, reason)
@@ -164,6 +172,34 @@ def _differences_of_reuse(
         ):
             yield _difference(expected_TV[sequence.length - 1], found_V)
             decoder.remove(sequence)
+
+
+def _warn_of_own_windows(base: BaseModel, text_T: np.ndarray) -> None:
+    """Warns about a model in whose own cache a reply reaches fewer tokens than in a forward pass.
+
+    This shows beyond a window, so windows are shorter meanwhile.
+    """
+    if not has_own_windows(base):
+        return
+    with architecture.short_spans(base.decoder, base.model.config.get_text_config()):
+        expected_TV = UncachedDecoder(base).logits(text_T)
+        reason = _why_different(base, lambda: _differences_of_steps(base, text_T, expected_TV))
+    if reason is not None:
+        logger.warning(
+            "%s is sampled from as by its own `generate`, in whose cache long replies reach fewer tokens than "
+            "in training or a forward pass: log-probabilities of sampled tokens differ from those there.",
+            base.name,
+        )
+
+
+def _differences_of_steps(base: BaseModel, text_T: np.ndarray, expected_TV: Tensor) -> Iterator[float]:
+    """Yields the difference of logits after each token behind the second, which are decoded one by one."""
+    decoder = WholeModelDecoder(base)
+    (sequence,) = _start(base, text_T[:2], 1)
+    decoder.prefill([[sequence]])
+    for token, expected_V in zip(text_T[2:], expected_TV[2:], strict=True):
+        sequence.append(int(token), 0.0)
+        yield _difference(expected_V, decoder.decode([sequence])[0])
 
 
 def _start(base: BaseModel, prompt_T: np.ndarray, num_samples: int) -> list[Sequence]:

@@ -427,7 +427,16 @@ def _new_cache(base: BaseModel) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=base.model.config)
-    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    if all(type(layer) is DynamicSlidingWindowLayer for layer in sliding):
+    if not has_own_windows(base):
+        sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
         cache.layers = [DynamicLayer() if layer in sliding else layer for layer in cache.layers]
     return cache
+
+
+def has_own_windows(base: BaseModel) -> bool:
+    """Returns whether a model's cache has sliding layers of a kind of its own."""
+    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+    layers = DynamicCache(config=base.model.config).layers
+    sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return any(type(layer) is not DynamicSlidingWindowLayer for layer in sliding)

@@ -208,13 +208,6 @@ def test_weights_of_towers_do_not_count(tmp_path: Path) -> None:
     assert any(isinstance(module, nn.Conv2d) for module in made.modules())
 
 
-def test_a_model_that_scales_its_weights_while_it_runs_is_refused(tmp_path: Path) -> None:
-    """Its scaled weights would be rounded a second time, and log-probabilities move by 0.2."""
-    service = ServiceClient(device="cpu", quantization="nf4")
-    with pytest.raises(ConfigError, match="it scales its weights while it runs \\(rescale_every=6\\)"):
-        service.create_lora_training_client(str(families.save("rwkv", tmp_path / "rwkv")))
-
-
 def test_training_weights_in_4_bits_is_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="quantization=nf4 is not supported with rank=0"):
         ServiceClient(quantization="nf4").create_lora_training_client(folder, rank=0)

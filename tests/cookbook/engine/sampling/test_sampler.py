@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from fake_decoders import TightDecoder, decoding_with
@@ -722,6 +723,29 @@ def test_every_family_samples_as_its_forward_pass_without_a_cache(
         assert response.sequences[0].logprobs == pytest.approx(reported, abs=1e-4)
     assert base.make_decoder is decoder
     assert ("falls back to UncachedDecoder" in caplog.text) == (decoder is decoders.UncachedDecoder)
+
+
+@pytest.mark.parametrize(("family", "is_warned"), [("unlimited_ocr", True), ("deepseek_v4", False)])
+def test_a_model_whose_own_cache_reaches_less_than_a_forward_pass_is_sampled_as_by_generate_with_a_warning(
+    family: str, is_warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = BaseModel(str(families.save(family, tmp_path)))
+    (response,) = answer(base, None, [make_request(base, prompt=PROMPT, temperature=0, max_tokens=14)])
+    assert ("long replies reach fewer tokens" in caplog.text) == is_warned
+    generated = families.load(tmp_path).generate(
+        input_ids=torch.tensor([PROMPT]),
+        do_sample=False,
+        max_new_tokens=14,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    (sequence,) = response.sequences
+    assert sequence.tokens == generated.sequences[0, len(PROMPT) :].tolist()
+    steps_TV = torch.cat(generated.logits).log_softmax(-1)
+    reported = [step_V[token].item() for step_V, token in zip(steps_TV, sequence.tokens, strict=True)]
+    assert sequence.logprobs == pytest.approx(reported, abs=1e-4)
 
 
 class WithoutPositions(decoders.WholeModelDecoder):
