@@ -45,9 +45,10 @@ def load_model(
 def _keep_scales(model: nn.Module) -> None:
     """Lets RWKV run with its weights as they are, as in training mode.
 
-    In evaluation mode transformers divides the hidden states by 2 every `rescale_every` layers, and the weights
-    of the layers behind by the same power of 2, against overflow in float16. An adapter's results would not be
-    divided, full fine-tuning would save the divided weights, and those in 4 bits would be rounded twice.
+    In evaluation mode transformers divides the hidden states by 2 every `rescale_every` layers, and the
+    weights of the layers behind by the same power of 2, against overflow in float16. An adapter's results
+    would not be divided, full fine-tuning would save the divided weights, and those in 4 bits would be
+    rounded twice.
     """
     for module in model.modules():
         if hasattr(module, "layers_are_rescaled"):

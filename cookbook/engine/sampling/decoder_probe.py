@@ -186,8 +186,8 @@ def _warn_of_own_windows(base: BaseModel, text_T: np.ndarray) -> None:
         reason = _why_different(base, lambda: _differences_of_steps(base, text_T, expected_TV))
     if reason is not None:
         logger.warning(
-            "%s is sampled from as by its own `generate`, in whose cache long replies reach fewer tokens than "
-            "in training or a forward pass: log-probabilities of sampled tokens differ from those there.",
+            "%s is sampled from as by its own `generate`, in whose cache long replies reach fewer tokens "
+            "than in training or a forward pass: log-probabilities of sampled tokens differ from those there.",
             base.name,
         )
 

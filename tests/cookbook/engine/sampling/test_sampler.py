@@ -25,7 +25,7 @@ from sampled import (
     plain_logprobs,
     prepared_with,
 )
-from slow import slow_except
+from slow import slow_after, slow_except
 from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.adapters import Adapter
@@ -725,7 +725,9 @@ def test_every_family_samples_as_its_forward_pass_without_a_cache(
     assert ("falls back to UncachedDecoder" in caplog.text) == (decoder is decoders.UncachedDecoder)
 
 
-@pytest.mark.parametrize(("family", "is_warned"), [("unlimited_ocr", True), ("deepseek_v4", False)])
+@pytest.mark.parametrize(
+    ("family", "is_warned"), slow_after(1, [("unlimited_ocr", True), ("deepseek_v4", False)])
+)
 def test_a_model_whose_own_cache_reaches_less_than_a_forward_pass_is_sampled_as_by_generate_with_a_warning(
     family: str, is_warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
