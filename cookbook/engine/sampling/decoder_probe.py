@@ -187,7 +187,7 @@ def _warn_of_own_windows(base: BaseModel, text_T: np.ndarray) -> None:
     if reason is not None:
         logger.warning(
             "%s is sampled from as by its own `generate`, in whose cache long replies reach fewer tokens "
-            "than in training or a forward pass: log-probabilities of sampled tokens differ from those there.",
+            "than in training or a forward pass: their log-probabilities differ from those there.",
             base.name,
         )
 
