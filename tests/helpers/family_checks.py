@@ -565,7 +565,7 @@ def _round_to_nf4(model: Any, quantized: Any) -> int:
         if weight.dtype == torch.uint8:
             matrices = [own[name].T if name in transposed else own[name]]
         elif isinstance(weight, StackedIn4Bits):
-            matrices = list(own[name])
+            matrices = list(own[name].view(len(weight.states), -1, own[name].shape[-1]))
         else:
             continue
         for matrix in matrices:

@@ -73,6 +73,23 @@ def _form_without_activation(module: nn.Module) -> ExpertsForm | None:
         return None  # its code needs something else
 
 
+def num_flat_experts(module: nn.Module) -> int | None:
+    """Returns the number of experts whose matrices a module holds one below the other: [E*R, C].
+
+    Its forward pass gets the tokens of one expert and this expert's part of each weight, which the module
+    around it reads (DBRX). For other modules None is returned.
+    """
+    shapes = {tuple(weight.shape) for weight in module.parameters(recurse=False)}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
+        return None
+    num_weights = len(list(module.parameters(recurse=False)))
+    num_inputs = len(inspect.signature(type(module).forward).parameters) - 1
+    if num_inputs != 1 + num_weights:
+        return None
+    numbers = [value for name, value in vars(module).items() if "num_experts" in name and type(value) is int]
+    return numbers[0] if len(numbers) == 1 and shape[0] % numbers[0] == 0 else None
+
+
 def gated(module: Any, up_RU: Tensor) -> Tensor:
     """Returns the inputs of the second product of gated experts: [R, H]."""
     if hasattr(module, "_apply_gate"):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cookbook.engine.model import fp8, fused
 from cookbook.engine.model.expert_forms import ExpertsForm, form_of, gated
@@ -431,12 +432,23 @@ def run_quantized(model: nn.Module) -> None:
     for experts in model.modules():
         if any(True for _ in own_quantized_stacks(experts)):
             experts.experts_form = form_of(experts)  # type: ignore[assignment]
-            experts.forward = types.MethodType(_forward_without_lora, experts)
+            is_known = experts.experts_form is not None
+            forward = _forward_without_lora if is_known else _forward_of_one_flat_expert
+            experts.forward = types.MethodType(forward, experts)
 
 
 @torch.compiler.disable
 def _forward_without_lora(self: Any, *inputs: Any) -> Tensor:
     return run_experts(self, self.experts_form, {}, *inputs)
+
+
+def _forward_of_one_flat_expert(self: Any, tokens_ND: Tensor, *weights: StackedIn4Bits) -> Any:
+    """Replaces the forward pass of a module that gets one expert's weights. They are dequantised in it."""
+
+    def compute(tokens_ND: Tensor) -> Any:
+        return type(self).forward(self, tokens_ND, *(weight.matrix(0) for weight in weights))
+
+    return checkpoint(compute, tokens_ND, use_reentrant=False, preserve_rng_state=False)
 
 
 def fuse(model: nn.Module) -> None:

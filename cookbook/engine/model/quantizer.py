@@ -17,7 +17,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cookbook.engine.model import fp8, stacked_4bit
-from cookbook.engine.model.expert_forms import form_of
+from cookbook.engine.model.expert_forms import form_of, num_flat_experts
 from cookbook.engine.model.targets import find_targets, is_plain
 
 _METHOD = "bitsandbytes_4bit_with_experts"
@@ -50,6 +50,8 @@ class LayersAndExperts(Bnb4BitHfQuantizer):
         module, name = get_module_from_name(model, param_name)
         if (form := form_of(module)) is not None:
             return name in form.names
+        if num_flat_experts(module) is not None:
+            return True
         return bool(super().param_needs_quantization(model, param_name, **options))
 
     def get_quantize_ops(self) -> Any:
@@ -68,13 +70,15 @@ class _Quantize(ConversionOps):
         results: dict[str, Tensor | nn.Parameter] = {}
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
-            if form_of(module) is None:
+            num_flat = num_flat_experts(module)
+            if num_flat is None and form_of(module) is None:
                 results |= self._of_layers.convert({name: value}, model=model, **others)
                 continue
             weight = value[0] if isinstance(value, list) else value
             results[name] = stacked_4bit.quantize(
                 weight,
                 self._settings.bnb_4bit_compute_dtype,
+                num_flat,
                 quant_type=self._settings.bnb_4bit_quant_type,
                 compress_statistics=self._settings.bnb_4bit_use_double_quant,
             )

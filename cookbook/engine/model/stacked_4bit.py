@@ -19,19 +19,27 @@ class StackedIn4Bits(Tensor):
 
     It has the shape, the dtype and the device of the weights that it stands for, and is made a parameter in
     their place. Indexing it by an expert returns that expert's matrix, dequantised. Other operations fail.
+    Weights [E*R, C] are viewed as [E, R, C] first, and an expert's matrix [R, C] is in 4 bits then.
     """
 
     packed_EB: Tensor
     states: list[Any]
+    is_of_flat: bool
+    """Whether it is a view of weights [E*R, C]."""
 
     @staticmethod
     def __new__(
-        cls, packed_EB: Tensor, states: list[Any], shape: torch.Size, dtype: torch.dtype
+        cls,
+        packed_EB: Tensor,
+        states: list[Any],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        is_of_flat: bool = False,
     ) -> StackedIn4Bits:
         stacked: StackedIn4Bits = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed_EB.device
         )
-        stacked.packed_EB, stacked.states = packed_EB, states
+        stacked.packed_EB, stacked.states, stacked.is_of_flat = packed_EB, states, is_of_flat
         return stacked
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -41,7 +49,16 @@ class StackedIn4Bits(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         stacked = args[0]
         if func is torch.ops.aten.detach.default:
-            return cls(stacked.packed_EB, stacked.states, stacked.shape, stacked.dtype)
+            return cls(
+                stacked.packed_EB, stacked.states, stacked.shape, stacked.dtype, stacked.is_of_flat
+            )
+        if func is torch.ops.aten.view.default and stacked.ndim == 2:
+            num_experts = len(stacked.states)
+            shape = torch.Size([num_experts, stacked.shape[0] // num_experts, stacked.shape[1]])
+            return cls(stacked.packed_EB, stacked.states, shape, stacked.dtype, is_of_flat=True)
+        if func is torch.ops.aten.select.int and args[1] == 0 and stacked.is_of_flat:
+            one = slice(args[2], args[2] + 1)
+            return cls(stacked.packed_EB[one], stacked.states[one], stacked.shape[1:], stacked.dtype)
         if func is torch.ops.aten.select.int and args[1] == 0:
             return stacked.matrix(args[2])
         raise TypeError(
@@ -69,13 +86,18 @@ class Matrices:
         return matrix.T if self._is_transposed else matrix
 
 
-def quantize(weight_ERC: Tensor, dtype: torch.dtype, **settings: Any) -> nn.Parameter:
-    """Returns the weights of experts as a parameter in 4 bits. `settings` are those of `quantize_4bit`."""
+def quantize(
+    weight: Tensor, dtype: torch.dtype, num_experts: int | None = None, **settings: Any
+) -> nn.Parameter:
+    """Returns the weights of experts as a parameter in 4 bits.
+
+    The weights are [E, R, C], or [E*R, C] with a number of experts. `settings` are those of `quantize_4bit`.
+    """
     from bitsandbytes.functional import quantize_4bit
 
     packed: list[Tensor] = []
     states: list[Any] = []
-    for matrix_RC in weight_ERC:
+    for matrix_RC in weight if num_experts is None else weight.view(num_experts, -1, weight.shape[1]):
         packed_B1, state = quantize_4bit(matrix_RC.contiguous(), **settings)
         packed.append(packed_B1[:, 0])
         if states:  # tables of the same 16 and 256 values
@@ -83,5 +105,5 @@ def quantize(weight_ERC: Tensor, dtype: torch.dtype, **settings: Any) -> nn.Para
             if state.nested:
                 state.state2.code = states[0].state2.code
         states.append(state)
-    stacked = StackedIn4Bits(torch.stack(packed), states, weight_ERC.shape, dtype)
+    stacked = StackedIn4Bits(torch.stack(packed), states, weight.shape, dtype)
     return nn.Parameter(stacked, requires_grad=False)

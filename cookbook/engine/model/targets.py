@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cookbook.engine.model.expert_forms import form_of
+from cookbook.engine.model.expert_forms import form_of, num_flat_experts
 from cookbook.engine.model.named_targets import layers_named
 from cookbook.engine.model.text_part import text_decoder
 from cookbook.errors import ConfigError
@@ -44,6 +44,7 @@ WHY_NOT: Mapping[str, str] = {
     "the projection": "its rows are trained for added tokens, and PEFT puts no LoRA beside these",
     "unused layers": "they do not run, and get no gradient",
     "layers read directly": "the model reads their weight without running them",
+    "experts read directly": "the model reads their weights from outside, where PEFT's adapter has no effect",
     "special layers": "they compute another product than a linear layer",
     "layers PEFT refuses": "PEFT supports no adapter on them in this architecture",
     "embeddings": "they are looked up, not multiplied",
@@ -240,6 +241,8 @@ def _why_not(
         return "routers"
     if parameter.dim() == 3 and (any("expert" in word for word in words) or form_of(module) is not None):
         return None
+    if num_flat_experts(module) is not None:
+        return "experts read directly"
     is_linear = isinstance(module, nn.Linear | Conv1D) and short == "weight"
     is_conv = "conv" in type(module).__name__.lower() and not isinstance(module, Conv1D)
     if re.search(r"conv\d?d?$", leaf) or parameter.dim() > 2 or is_conv:

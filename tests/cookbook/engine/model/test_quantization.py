@@ -234,6 +234,39 @@ def test_gradients_with_experts_in_4_bits_equal_plain_transformers_and_peft_on_r
     assert_same(gradients_after_a_pass(trainer), expected)
 
 
+def test_experts_whose_matrices_are_one_below_the_other_are_held_in_4_bits_and_not_kept_dequantised(
+    tmp_path: Path,
+) -> None:
+    folder = str(families.save("dbrx", tmp_path / "model"))
+    trainer = make_trainer(folder, NF4)
+    trainer.save(tmp_path / "adapter", with_optimizer=False)
+    in_4_bits = [w for w in trainer.base.model.parameters() if isinstance(w, StackedIn4Bits)]
+    assert len(in_4_bits) == 3 * trainer.base.model.config.n_layers
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    with torch.no_grad():
+        for name, module in model.transformer.named_modules():
+            if isinstance(module, nn.Linear) and "router" not in name:
+                module.weight.copy_(rounded(module.weight))
+            if name.endswith("experts.mlp"):
+                for weight in module.parameters():
+                    for matrix in weight.view(module.moe_num_experts, -1, weight.shape[1]):
+                        matrix.copy_(rounded(matrix))
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = gradients_after_a_pass(trainer)
+    assert_same(found, plain_gradients(model, tmp_path / "adapter"))
+    for weight in in_4_bits:
+        for expert in range(len(weight.states)):
+            matrix = weight.matrix(expert)
+            assert not any(torch.equal(each, matrix) or torch.equal(each, matrix.T) for each in kept)
+
+
 def test_experts_take_half_a_byte_per_weight_and_are_not_read_as_a_whole(tmp_path: Path) -> None:
     model = BaseModel(str(families.save("mixtral", tmp_path / "model")), NF4).model
     stacked = [weight for weight in model.parameters() if isinstance(weight, StackedIn4Bits)]
