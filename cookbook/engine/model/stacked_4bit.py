@@ -49,9 +49,7 @@ class StackedIn4Bits(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         stacked = args[0]
         if func is torch.ops.aten.detach.default:
-            return cls(
-                stacked.packed_EB, stacked.states, stacked.shape, stacked.dtype, stacked.is_of_flat
-            )
+            return cls(stacked.packed_EB, stacked.states, stacked.shape, stacked.dtype, stacked.is_of_flat)
         if func is torch.ops.aten.view.default and stacked.ndim == 2:
             num_experts = len(stacked.states)
             shape = torch.Size([num_experts, stacked.shape[0] // num_experts, stacked.shape[1]])
