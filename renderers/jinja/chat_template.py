@@ -31,9 +31,10 @@ from cookbook.utils import notes
 from renderers.base import Renderer
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
+from renderers.jinja.call_forms import PrintedCalls
 from renderers.jinja.chat import Chat
 from renderers.jinja.modes import note_prompt
-from renderers.jinja.printed_calls import PrintedCalls, find
+from renderers.jinja.printed_calls import find
 from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, control_at_start, plain_ending
@@ -515,8 +516,8 @@ class ChatTemplateRenderer(Renderer):
         if not controls <= {*tokens}:
             return message, True
         found = calls.parse(str(message["content"]))
-        if found is None:
-            return message, not controls
+        if found is None:  # tags around a text may hold something else than calls
+            return message, not controls or bool(calls.before)
         return {**message, "content": found[0], "tool_calls": found[1]}, True
 
 
@@ -536,6 +537,8 @@ def _with_calls(sections: Sections, calls: PrintedCalls, begun: str) -> Sections
             sections = {**sections, START: dataclasses.replace(start, field=None)}
         else:
             return None
+    if calls.before:
+        sections = _with_beginning(sections, calls.before)
     return with_section_behind_content(sections, "calls", calls.marks, rstrip=calls.spaces)
 
 

@@ -119,19 +119,24 @@ class Replies:
     def _printed_tags(self) -> Tags | None:
         """Returns the tags between which the template prints a thought, whatever their names.
 
-        They are control tokens, and the opening one is the first behind the prompt.
+        They are control tokens, and the opening one, with a word behind it (Gemma 4), is the first behind the
+        prompt.
         """
-        for before, between in self._around_thought():
-            header, found = _squeezed(self._header), self._encoder.control.findall(before)
+        for mode, before, between in self._around_thought():
+            found = [*self._encoder.control.finditer(before)]
             closing = self._encoder.control.match(between.lstrip())
-            if header and found and closing and _squeezed(before).endswith(header + _squeezed(found[-1])):
-                tags = (found[-1], closing[0])
-                if tags[0] != tags[1] and not self._ends.intersection(tags):
-                    return tags
+            if not found or not closing or self._ends.intersection((found[-1][0], closing[0])):
+                continue
+            opening = before[found[-1].start() :].rstrip()
+            word = opening.removeprefix(found[-1][0])
+            headers = [_squeezed(header) for header in (self._header, _header_of(mode)) if header.strip()]
+            is_first = any(_squeezed(before).endswith(header + _squeezed(opening)) for header in headers)
+            if is_first and opening != closing[0] and re.fullmatch("[a-z_]*", word):
+                return opening, closing[0]
         return None
 
-    def _around_thought(self) -> Iterator[tuple[str, str]]:
-        """Yields what the template prints before a thought and between it and the reply's text, by mode."""
+    def _around_thought(self) -> Iterator[tuple[Template, str, str]]:
+        """Yields what each mode prints before a thought and between it and the reply's text."""
         content = f"{SENTINEL}1;"
         message = {"role": "assistant", "content": content, "reasoning_content": _THOUGHT}
         for mode in (self._template, *self.modes):
@@ -140,7 +145,7 @@ class Replies:
                 before, thought, behind = text.partition(_THOUGHT)
                 between, said, _ = behind.partition(content)
                 if thought and said:
-                    yield before, between
+                    yield mode, before, between
 
     @cached_property
     def tags_if_inline(self) -> Tags | None:
@@ -174,9 +179,7 @@ class Replies:
     @cached_property
     def _header(self) -> str:
         """What the prompt for a reply adds to a user's message."""
-        user = self._template.adapted(USER)
-        prompt, said = self._template.text([user], prompt=True), self._template.text([user])
-        return prompt.removeprefix(said) if prompt.startswith(said) else ""
+        return _header_of(self._template)
 
     def missing_header(self, chat: Chat, num_messages: int) -> str:
         """Returns the header of a second reply in a row, if the template prints it but not in the prompt."""
@@ -434,7 +437,7 @@ class Replies:
     @cached_property
     def _closing(self) -> str:
         """What the template prints between the thinking and the text of a reply; empty if it prints none."""
-        return next((between for _, between in self._around_thought()), "")
+        return next((between for _, _, between in self._around_thought()), "")
 
     @cached_property
     def before_content(self) -> str:
@@ -546,6 +549,13 @@ def _no_prompt(index: int) -> RendererError:
         f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
         "cannot be trained. Begin with a user's message, or do not train this one."
     )
+
+
+def _header_of(template: Template) -> str:
+    """Returns what the prompt for a reply adds to a user's message."""
+    user = template.adapted(USER)
+    prompt, said = template.text([user], prompt=True), template.text([user])
+    return prompt.removeprefix(said) if prompt.startswith(said) else ""
 
 
 def _squeezed(text: str) -> str:

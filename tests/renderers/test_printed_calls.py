@@ -9,6 +9,17 @@ import pytest
 
 from renderers import get_renderer
 
+
+def template_of(reply: str) -> str:
+    """Returns a template that prints messages `m` so."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        + reply
+        + "<|im_end|>\n{% endfor %}"
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
 CALLS = "{% for c in m.tool_calls or [] %}{% set f = c.function %}"
 FORMS = {
     "a JSON list": "{% if m.tool_calls %}[TOOL_CALLS][" + CALLS + '{"name": "{{ f.name }}", "arguments": '
@@ -47,20 +58,47 @@ FORMS = {
     "Python": "{% if m.tool_calls %}<calls>[" + CALLS + "{{ f.name }}({% for k, v in f.arguments.items() %}"
     "{{ k }}={{ v | tojson }}{{ ', ' if not loop.last }}{% endfor %}){{ ', ' if not loop.last }}{% endfor %}]"
     "</calls>{% endif %}",
+    "objects one behind the other": "{% if m.tool_calls %}<|header|>{% endif %}"
+    + CALLS
+    + "{{ {'name': f.name, 'parameters': f.arguments} | tojson }}{% endfor %}",
+}
+VALUES = (
+    "{% macro value(v) %}{% if v is string %}<|q|>{{ v }}<|q|>{% elif v is mapping %}{{ '{' }}{% for k, e in "
+    "v.items() %}<|q|>{{ k }}<|q|>:{{ value(e) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}{% elif v is "
+    "boolean or v is none %}{{ v | tojson }}{% elif v is iterable %}[{% for e in v %}{{ value(e) }}"
+    "{{ ',' if not loop.last }}{% endfor %}]{% else %}{{ v }}{% endif %}{% endmacro %}"
+)
+BARE = (
+    CALLS
+    + "<call>call:{{ f.name }}{{ '{' }}{% for k, v in f.arguments.items() %}{{ k }}:{{ value(v) }}"
+    + "{{ ',' if not loop.last }}{% endfor %}{{ '}' }}</call>{% endfor %}"
+)
+"""As in Gemma 4. `<|q|>` is no token of the small tokenizer."""
+PYTHON_LINES = (
+    "{% if m.tool_calls %}<calls>\n```python\n"
+    + CALLS
+    + "{{ f.name }}({% for k, v in f.arguments.items() %}{{ k }}={{ v | tojson }}"
+    + "{{ ', ' if not loop.last }}{% endfor %})\n{% endfor %}```\n</calls>\n{% endif %}"
+)
+"""As in MiniCPM3."""
+BESIDE_TEXT = {
+    "objects with bare keys behind the text": VALUES + template_of("{{ m.content }}" + BARE),
+    "objects with bare keys in front of the text": VALUES + template_of(BARE + "{{ m.content }}"),
+    "Python in front of the text": template_of(PYTHON_LINES + "{{ m.content }}"),
+    "a JSON object in front of the text": template_of(
+        CALLS + "<call>{{ {'name': f.name, 'arguments': f.arguments} | tojson }}</call>{% endfor %}"
+        "{{ m.content }}"
+    ),
+    "a text between tags": template_of(  # as in Llama 4
+        "{% if m.tool_calls %}<|header|>{{ m.content }}<|text|>{% else %}{{ m.content }}{% endif %}"
+        + CALLS
+        + "{{ {'name': f.name, 'arguments': f.arguments} | tojson }}{% endfor %}"
+    ),
 }
 CHATS = [
     [("look_up", {"city": "Oslo", "days": 3})],
     [("a.b-c", {"q": 'a "quoted" {word}\n<b>', "of": [1, {"x": None}]}), ("g", {}), ("g", {"k": True})],
 ]
-
-
-def template(calls: str) -> str:
-    return (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        + calls
-        + "<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
 
 
 def reply(text: str, calls: list[tuple[str, dict[str, Any]]], with_ids: bool) -> dict[str, Any]:
@@ -72,9 +110,12 @@ def reply(text: str, calls: list[tuple[str, dict[str, Any]]], with_ids: bool) ->
     return {"role": "assistant", "content": text, "tool_calls": made}
 
 
-@pytest.mark.parametrize("form", FORMS)
+TEMPLATES = {form: template_of("{{ m.content }}" + calls) for form, calls in FORMS.items()} | BESIDE_TEXT
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
 def test_calls_that_a_template_prints_are_parsed_back(form: str, small_tokenizer: Callable[..., Any]) -> None:
-    tokenizer = small_tokenizer(template(FORMS[form]))
+    tokenizer = small_tokenizer(TEMPLATES[form])
     renderer = get_renderer("chat_template", tokenizer)
     user = {"role": "user", "content": "a"}
     for calls in CHATS:
@@ -82,7 +123,7 @@ def test_calls_that_a_template_prints_are_parsed_back(form: str, small_tokenizer
             message = reply(text, calls, "id" in form)
             whole = tokenizer.apply_chat_template([user, message], tokenize=False)
             prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-            said = whole[len(prompt) :].removesuffix("\n")
+            said = whole[len(prompt) : whole.rindex("<|im_end|>")] + "<|im_end|>"
             tokens = tokenizer(said, add_special_tokens=False).input_ids
             assert renderer.parse_response(tokens) == (message, True)
             stream = renderer.parse_stream()
@@ -92,7 +133,7 @@ def test_calls_that_a_template_prints_are_parsed_back(form: str, small_tokenizer
 
 @pytest.mark.parametrize("form", FORMS)
 def test_text_that_is_not_quite_a_call_stays_text(form: str, small_tokenizer: Callable[..., Any]) -> None:
-    renderer = get_renderer("chat_template", small_tokenizer(template(FORMS[form])))
+    renderer = get_renderer("chat_template", small_tokenizer(template_of("{{ m.content }}" + FORMS[form])))
     for text in (
         'See <function=f>{"k": 1',
         "[TOOL_CALLS] is a token",
@@ -108,13 +149,13 @@ def test_calls_in_any_other_form_remain_text(small_tokenizer: Callable[..., Any]
         CALLS
         + "call:{{ f.name }}{% for k, v in f.arguments.items() %} {{ k }}~{{ v }}{% endfor %};{% endfor %}"
     )
-    renderer = get_renderer("chat_template", small_tokenizer(template(form)))
+    renderer = get_renderer("chat_template", small_tokenizer(template_of("{{ m.content }}" + form)))
     tokens = renderer.tokenizer("call:f k~1;<|im_end|>", add_special_tokens=False).input_ids
     assert renderer.parse_response(tokens) == ({"role": "assistant", "content": "call:f k~1;"}, True)
 
 
 def test_control_tokens_that_a_reply_spells_begin_no_call(small_tokenizer: Callable[..., Any]) -> None:
-    tokenizer = small_tokenizer(template(FORMS["a JSON list by name"]))
+    tokenizer = small_tokenizer(template_of("{{ m.content }}" + FORMS["a JSON list by name"]))
     renderer = get_renderer("chat_template", tokenizer)
     text = '<|header|>[{"f": {}}]<|text|>'
     ((example, weights),) = renderer.build_supervised_examples(
@@ -125,6 +166,36 @@ def test_control_tokens_that_a_reply_spells_begin_no_call(small_tokenizer: Calla
     (call,) = tokenizer("<|header|>", add_special_tokens=False).input_ids
     broken = [call, *tokenizer('[{"f": {}<|im_end|>', add_special_tokens=False).input_ids]
     assert renderer.parse_response(broken)[1] is False
+
+
+def test_a_channel_with_a_name_is_a_tag_of_a_thought(small_tokenizer: Callable[..., Any]) -> None:
+    """As in Gemma 4: the larger models' prompt not to think ends with an empty thought."""
+    for empty in ("", "{% if not enable_thinking %}<|header|>thought\n<|text|>{% endif %}"):
+        renderer = get_renderer(
+            "chat_template",
+            small_tokenizer(
+                "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<|header|>thought"
+                "\n{{ m.reasoning_content }}\n<|text|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n" + empty + "{% endif %}"
+            ),
+        )
+        said = "<|header|>thought\nTwo.\n<|text|>4<|im_end|>"
+        tokens = renderer.tokenizer(said, add_special_tokens=False).input_ids
+        message = {"role": "assistant", "reasoning_content": "Two.", "content": "4"}
+        assert renderer.parse_response(tokens) == (message, True)
+        deltas = renderer.parse_stream().feed(tokens)
+        assert [(delta.field, delta.text) for delta in deltas] == [
+            ("reasoning_content", "Two."),
+            ("content", "4"),
+        ]
+
+
+def test_tags_around_a_text_without_calls_belong_to_the_text(small_tokenizer: Callable[..., Any]) -> None:
+    """Llama 4 writes Python between the tags in which its template prints the text beside calls."""
+    renderer = get_renderer("chat_template", small_tokenizer(BESIDE_TEXT["a text between tags"]))
+    tokens = renderer.tokenizer("<|header|>1 + 1<|text|><|im_end|>", add_special_tokens=False).input_ids
+    message = {"role": "assistant", "content": "<|header|>1 + 1<|text|>"}
+    assert renderer.parse_response(tokens) == (message, True)
 
 
 def test_thinking_behind_a_new_line_is_parsed(small_tokenizer: Callable[..., Any]) -> None:
