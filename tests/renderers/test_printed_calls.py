@@ -174,8 +174,8 @@ def test_a_channel_with_a_name_is_a_tag_of_a_thought(small_tokenizer: Callable[.
         renderer = get_renderer(
             "chat_template",
             small_tokenizer(
-                "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<|header|>thought"
-                "\n{{ m.reasoning_content }}\n<|text|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+                "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<|header|>"
+                "thought\n{{ m.reasoning_content }}\n<|text|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
                 "{% if add_generation_prompt %}<|im_start|>assistant\n" + empty + "{% endif %}"
             ),
         )
