@@ -36,6 +36,8 @@ from renderers.thinking import END_THINK, THINK, USUAL, Tags, tags_in
 
 _ONLY_CONTENT = {"role", "content"}
 _THOUGHT, _BEFORE = f"{SENTINEL}0;", f"{SENTINEL}2;"
+_CHANNEL = re.compile("[a-z_]*")
+"""The name of a channel behind a control token."""
 _MARK = r"[<\[\u25c1][^\s<>\[\]\u25c1\u25b7]+[>\]\u25b7]"
 """A tag: `<think>`, `[THINK]`, or one of Kimi-VL's in triangles."""
 _EMPTY_THOUGHTS = (
@@ -119,20 +121,21 @@ class Replies:
     def _printed_tags(self) -> Tags | None:
         """Returns the tags between which the template prints a thought, whatever their names.
 
-        They are control tokens, and the opening one, with a word behind it (Gemma 4), is the first behind the
-        prompt.
+        They are control tokens, with a word behind them if they begin a channel (Gemma 4), and the opening one
+        is the first behind the prompt.
         """
         for mode, before, between in self._around_thought():
             found = [*self._encoder.control.finditer(before)]
-            closing = self._encoder.control.match(between.lstrip())
-            if not found or not closing or self._ends.intersection((found[-1][0], closing[0])):
+            closed = self._encoder.control.match(between.lstrip())
+            if not found or not closed or self._ends.intersection((found[-1][0], closed[0])):
                 continue
-            opening = before[found[-1].start() :].rstrip()
-            word = opening.removeprefix(found[-1][0])
+            opening = before[found[-1].start() :].rstrip("\n")
+            closing = closed[0] + _CHANNEL.match(between.lstrip()[closed.end() :])[0]  # type: ignore[index]
             headers = [_squeezed(header) for header in (self._header, _header_of(mode)) if header.strip()]
             is_first = any(_squeezed(before).endswith(header + _squeezed(opening)) for header in headers)
-            if is_first and opening != closing[0] and re.fullmatch("[a-z_]*", word):
-                return opening, closing[0]
+            is_tag = _CHANNEL.fullmatch(opening.removeprefix(found[-1][0]).rstrip(" "))
+            if is_first and is_tag and opening != closing:
+                return opening, closing
         return None
 
     def _around_thought(self) -> Iterator[tuple[Template, str, str]]:

@@ -93,7 +93,7 @@ class Truth:
         self._tokenizer = tokenizer
         known = {*tokenizer.get_vocab(), "<think>"}
         inline = [partial(_inline, tags=tags) for tags in _TAGS if tags[0] in known]
-        self._forms = (_named, _with_json, _with_empty, _with_parts, *inline)
+        self._forms = (_named, _with_json, _with_empty, _with_parts, _in_parts, *inline)
         names = [name for name in VALUES if re.search(rf"\b{name}\b", source)]
         self.settings: list[dict[str, Any]] = [
             {name: value for name, value in zip(names, chosen, strict=True) if value is not None}
@@ -158,6 +158,12 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
         return message
     thought = {"type": "thinking", "thinking": message["reasoning_content"]}
     return {**message, "content": [thought, {"type": "text", "text": message["content"]}]}
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message with its text as the only part of the content, which some templates need."""
+    text = _named(message)["content"]
+    return {**message, "content": [{"type": "text", "text": text}]}
 
 
 def _inline(message: dict[str, Any], tags: tuple[str, str]) -> dict[str, Any]:
