@@ -121,8 +121,8 @@ class Replies:
     def _printed_tags(self) -> Tags | None:
         """Returns the tags between which the template prints a thought, whatever their names.
 
-        They are control tokens, with a word behind them if they begin a channel (Gemma 4), and the opening one
-        is the first behind the prompt.
+        They are control tokens, with a word behind them if they begin a channel (Gemma 4), and the opening
+        one is the first behind the prompt.
         """
         for mode, before, between in self._around_thought():
             found = [*self._encoder.control.finditer(before)]
