@@ -106,7 +106,7 @@ class Rehearsal:
                 raise
 
     def sample(self) -> Recording:
-        """Samples with and without limits on the tokens, and scores a text."""
+        """Samples with and without limits on the tokens, continues a prompt, and scores a text."""
         make_decoder(self._truth)
         base, decoder = self.base, self._truth.make_decoder
         base.make_decoder, base.decodes_packed = decoder, self._truth.decodes_packed
@@ -122,16 +122,21 @@ class Rehearsal:
             for number, each in enumerate(params)
         ]
         requests.append(ScoreRequest(np.array(prompt)))
+        next_turn = sample_request(base, [*prompt[:38], *range(9, 14)], 2, params[1])
         prepared: Future[Any] = Future()
         prepared.set_result((None, 0))
         waiting = [requests[1:]]
 
         def work() -> None:
-            Sampler(base, prepared).run(requests[0], lambda: waiting.pop() if waiting else [])
-            for request in requests:
+            sampler = Sampler(base, prepared)
+            sampler.run(requests[0], lambda: waiting.pop() if waiting else [])
+            sampler.run(next_turn, list)
+            for request in [*requests, next_turn]:
                 request.future.result(timeout=0)
 
         record = self._record(work)
+        if bool(next_turn.prompt_cache_hit_tokens) != base.reuses_prompts:
+            raise AssertionError(f"{next_turn.prompt_cache_hit_tokens} tokens of a next turn were not computed")
         graphs = base.decode_graphs
         is_captured = graphs is not None and graphs.num_replays > 0
         is_expected = base.decodes_packed and decode_graphs.why_not(base) is None

@@ -102,6 +102,8 @@ class PackedDecoder(Decoder):
             self._compute_beginnings(distinct)
         for prompt in distinct:
             prompt.known = self._known_of(prompt.text_T, prompt.needs_logprobs, len(distinct))
+            if prompt.known and self.prompts is not None:
+                self.prompts.use(prompt.known)
         logits: dict[_Prompt, Tensor] = {}
         for prompt in distinct:
             if prompt.is_known and (end := prompt.known[-1][0].end) and end.logits_V is not None:
@@ -111,8 +113,6 @@ class PackedDecoder(Decoder):
             logits |= dict(zip(computed, self._compute(computed), strict=True))
         for prompt in distinct:
             prompt.note_hits()
-            if prompt.known and self.prompts is not None:
-                self.prompts.use(prompt.known)
         return torch.stack([logits[prompt] for prompt in prompts])
 
     def _compute(self, prompts: list[_Prompt]) -> Tensor:
