@@ -79,15 +79,14 @@ def num_flat_experts(module: nn.Module) -> int | None:
     Its forward pass gets the tokens of one expert and this expert's part of each weight, which the module
     around it reads (DBRX). For other modules None is returned.
     """
-    shapes = {tuple(weight.shape) for weight in module.parameters(recurse=False)}
-    if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
-        return None
-    num_weights = len(list(module.parameters(recurse=False)))
+    weights = list(module.parameters(recurse=False))
+    shapes = {tuple(weight.shape) for weight in weights}
     num_inputs = len(inspect.signature(type(module).forward).parameters) - 1
-    if num_inputs != 1 + num_weights:
+    if len(weights) < 2 or len(shapes) != 1 or num_inputs != 1 + len(weights):
         return None
+    shape = shapes.pop()
     numbers = [value for name, value in vars(module).items() if "num_experts" in name and type(value) is int]
-    return numbers[0] if len(numbers) == 1 and shape[0] % numbers[0] == 0 else None
+    return numbers[0] if len(shape) == 2 and len(numbers) == 1 and shape[0] % numbers[0] == 0 else None
 
 
 def gated(module: Any, up_RU: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from cookbook.clients.service import ServiceClient
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.expert_forms import num_flat_experts
 from cookbook.engine.model.packing import TokenSequence, pack
 from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.options import EngineOptions
@@ -265,6 +266,14 @@ def test_experts_whose_matrices_are_one_below_the_other_are_held_in_4_bits_and_n
         for expert in range(len(weight.states)):
             matrix = weight.matrix(expert)
             assert not any(torch.equal(each, matrix) or torch.equal(each, matrix.T) for each in kept)
+
+
+def test_a_router_is_not_taken_for_such_experts() -> None:
+    found = {
+        name: {type(module).__name__ for module in families.make(name).modules() if num_flat_experts(module)}
+        for name in ("dbrx", "minimax_m2", "lfm2_moe")
+    }
+    assert found == {"dbrx": {"DbrxExpertGLU"}, "minimax_m2": set(), "lfm2_moe": set()}
 
 
 def test_experts_take_half_a_byte_per_weight_and_are_not_read_as_a_whole(tmp_path: Path) -> None:
