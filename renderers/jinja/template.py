@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER: PlainMessage = {"role": "user", "content": "x"}
+_OTHER_THINKING_KEY = re.compile(r"(?:\.|\[['\"]|get\(['\"])(\w*(?:thought|think|reason)\w*)")
+"""A key of a message that may hold its thinking, where a template reads it."""
 
 CALL: PlainMessage = {
     "role": "assistant",
@@ -308,6 +310,17 @@ class Template:
         return self._part_roles[role]
 
     @cached_property
+    def _thinking_key(self) -> str | None:
+        """The key under which the template reads thinking if it is none of the usual ones (MiniCPM3)."""
+        message: PlainMessage = {"role": "assistant", "content": "x"}
+        user = self.adapted(_USER)
+        for key in dict.fromkeys(_OTHER_THINKING_KEY.findall(self.source)):
+            if key not in THINKING_KEYS and self._prints_sentinel([user, {**message, key: SENTINEL}]):
+                usual = {**message, **dict.fromkeys(THINKING_KEYS, SENTINEL)}
+                return None if self._prints_sentinel([user, usual]) else str(key)
+        return None
+
+    @cached_property
     def _takes_thinking_parts(self) -> bool:
         """Whether the template prints thinking only as a part of the content (Ministral 3)."""
         named = {"reasoning_content": SENTINEL, "reasoning": SENTINEL, "thinking": SENTINEL}
@@ -339,6 +352,8 @@ class Template:
             adapted = {"thinking": thought, **adapted, "reasoning_content": thought}
             if self._reads_reasoning:
                 adapted["reasoning"] = thought
+            if self._thinking_key is not None:
+                adapted = {self._thinking_key: thought, **adapted}
         if adapted.get("tool_calls"):
             adapted = _in_form(adapted, self._call_form or _CallForm())
         elif "content" not in adapted and self._needs_content:

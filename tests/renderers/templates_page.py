@@ -136,7 +136,9 @@ def _named(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(message["content"], list):
         message = {**message, "content": "".join(part["text"] for part in message["content"])}
     thought = message.get("reasoning_content")
-    return message if thought is None else {**message, "thinking": thought, "reasoning": thought}
+    if thought is None:
+        return message
+    return {**message, **dict.fromkeys(("thinking", "reasoning", "thought", "thinking_content"), thought)}
 
 
 def _with_json(message: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
     """Returns a message with its text as the only part of the content, which some templates need."""
     text = _named(message)["content"]
-    return {**message, "content": [{"type": "text", "text": text}]}
+    return {**message, "content": [{"type": "text", "text": text}]} if text else message
 
 
 def _inline(message: dict[str, Any], tags: tuple[str, str]) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def num_flat_experts(module: nn.Module) -> int | None:
         return None
     shape = shapes.pop()
     numbers = [value for name, value in vars(module).items() if "num_experts" in name and type(value) is int]
-    return numbers[0] if len(shape) == 2 and len(numbers) == 1 and shape[0] % numbers[0] == 0 else None
+    if len(shape) != 2 or len(numbers) != 1 or shape[0] == numbers[0] or shape[0] % numbers[0]:
+        return None
+    return numbers[0]
 
 
 def gated(module: Any, up_RU: Tensor) -> Tensor:
