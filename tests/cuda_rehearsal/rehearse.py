@@ -136,7 +136,9 @@ class Rehearsal:
 
         record = self._record(work)
         if bool(next_turn.prompt_cache_hit_tokens) != base.reuses_prompts:
-            raise AssertionError(f"{next_turn.prompt_cache_hit_tokens} tokens of a next turn were not computed")
+            raise AssertionError(
+                f"{next_turn.prompt_cache_hit_tokens} tokens of a next turn were not computed"
+            )
         graphs = base.decode_graphs
         is_captured = graphs is not None and graphs.num_replays > 0
         is_expected = base.decodes_packed and decode_graphs.why_not(base) is None
