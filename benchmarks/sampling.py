@@ -46,7 +46,7 @@ import torch
 from benchmarks import hybrids
 from benchmarks.step_model import load_adapted_model, make_folders
 from cookbook import ModelInput, SampleResponse, SamplingClient, SamplingParams, ServiceClient
-from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 
 
 @dataclass(frozen=True)

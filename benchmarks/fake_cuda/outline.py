@@ -17,7 +17,7 @@ from cookbook import embedded
 from cookbook.engine.model import attention
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 from cookbook.engine.sampling.requests import sample_request
 from cookbook.engine.sampling.sampler import Sampler, SamplingLimits
 from cookbook.engine.training.trainer import Trainer

@@ -14,9 +14,9 @@ _TRAINING = "cookbook/engine/training/"
 _MODEL = "cookbook/engine/model/"
 
 WAITS: Mapping[str, str] = {
-    f"{_SAMPLING}decoders.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
-    f"{_SAMPLING}decoders.py:PackedDecoder._compute": "places of log-probabilities are copied: once a prompt",
-    f"{_SAMPLING}decoders.py:_Prompt.note_logprobs": "log-probabilities of a prompt are an answer",
+    f"{_SAMPLING}packed_decoder.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
+    f"{_SAMPLING}packed_decoder.py:PackedDecoder._compute": "places of log-probabilities are copied",
+    f"{_SAMPLING}packed_decoder.py:_Prompt.note_logprobs": "log-probabilities of a prompt are an answer",
     f"{_SAMPLING}decoders.py:WholeModelDecoder.prefill": "a model's own cache takes prompts one by one",
     f"{_SAMPLING}decoders.py:WholeModelDecoder.decode": "a model's own cache takes groups one by one",
     f"{_SAMPLING}decoders.py:_logprobs_of": "log-probabilities of a prompt are an answer",
@@ -53,7 +53,7 @@ DOUBLES: Mapping[str, str] = {
 ANSWERS: Mapping[str, Any] = {
     f"{_MODEL}backward_trial.py:gradient_of_embeddings": True,
     f"{_TRAINING}state_checks.py:check_finite": True,
-    f"{_SAMPLING}decoders.py:PackedDecoder._run_row": True,
+    f"{_SAMPLING}packed_decoder.py:PackedDecoder._run_row": True,
 }
 """The values that these functions read from the device; all others read 0."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 
 NEVER = 2**62
 

@@ -16,11 +16,11 @@ from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import is_out_of_memory
 from cookbook.engine.sampling.decoders import (
     Decoder,
-    PackedDecoder,
     UncachedDecoder,
     WholeModelDecoder,
     has_own_windows,
 )
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import sample_request
 from cookbook.engine.sampling.sequence import Sequence

@@ -13,7 +13,7 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.sampling.decoder_probe import make_decoder
-from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 from cookbook.engine.sampling.sampler import Sampler
 
 PROMPTS = [[5, 17, 200], [9], [*range(30, 65)], [8, 8, 8, 8], [77, 3, 1], [4], [*range(70, 82)]]

@@ -34,7 +34,7 @@ from cookbook.engine.model import attention
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.attention import packed_attention
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 from cookbook.engine.sampling.prefill_row import plan_row
 from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import Request, score_request

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.sampling import decoder_probe, decoders
-from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.packed_decoder import PackedDecoder
 from cookbook.engine.sampling.requests import Request, ScoreRequest, score_request
 from cookbook.engine.sampling.sampler import Sampler, SamplingLimits
 from cookbook.errors import RequestError, TrainingError
