@@ -189,7 +189,8 @@ class ModelPasses:
         tokens_BT = tokens_1N.view(len(layout.segments), -1) if self.is_padded else tokens_1N
         out = decode(input_ids=tokens_BT, use_cache=False, **packed)
         hidden_BTD: Tensor = out.last_hidden_state
-        return hidden_BTD.flatten(0, 1)
+        # The states between the layers of Mamba are fp32. The model's class converts them here too.
+        return hidden_BTD.flatten(0, 1).to(self.model.get_output_embeddings().weight.dtype)
 
     def head(self, scored_S: Tensor | None = None) -> Head:
         """Returns the projection to the vocabulary, including the active adapter.

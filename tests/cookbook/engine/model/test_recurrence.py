@@ -232,6 +232,24 @@ def test_packed_gradients_in_bfloat16_are_as_accurate_as_those_of_plain_transfor
     assert np.median(list(packed.values())) < 1.5 * np.median(list(plain.values()))
 
 
+def test_a_model_whose_states_between_layers_are_fp32_is_packed_in_bfloat16(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """Its class converts them before the projection to the vocabulary."""
+    folder, sequences = folder_of("falcon_mamba"), make_sequences((37, 18, 50))
+    base = BaseModel(str(folder), EngineOptions(dtype="bfloat16"))
+    assert base.is_packed
+    assert base.packs_all_lengths
+    batch = pack(sequences, base.device, trained_only=False)
+    with torch.no_grad():
+        found = batch.layout.split(base.logprobs(batch).numpy())
+        for sequence, logprobs_T in zip(sequences, found, strict=True):
+            logits_TV = base.model(torch.from_numpy(sequence.tokens_T)[None]).logits[0].float()
+            targets_T = torch.from_numpy(sequence.targets_T)
+            expected_T = logits_TV.log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
+            np.testing.assert_allclose(logprobs_T, expected_T.numpy(), atol=0.05)
+
+
 @pytest.mark.slow
 def test_without_splitting_a_hybrid_is_padded(folder_of: Callable[[str], Path]) -> None:
     """The fault that splitting repairs: the torch fallbacks run across the borders of sequences."""
