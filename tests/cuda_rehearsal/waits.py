@@ -36,12 +36,16 @@ WAITS: Mapping[str, str] = {
 """Why a function waits. A name that ends with a colon is for all functions of the file."""
 
 WAITS_OF_MODELS: Mapping[str, str] = {
+    "transformers/models/phimoe/modeling_phimoe.py:PhimoeRotaryEmbedding.forward": (
+        "the largest position chooses a scale: once a pass"
+    ),
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
 """The same for code of transformers, by the folder of the model."""
 
 NOT_CAPTURED: Mapping[str, str] = {
     "gemma3n_text": "its MLP copies a number to the device in each pass",
+    "phimoe": "its RoPE reads the largest position in each pass",
 }
 """Why the passes that decode a family's model are no CUDA graphs, where that shows only in a capture."""
 

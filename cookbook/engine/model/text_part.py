@@ -59,7 +59,8 @@ def frozen_parameters(model: Any) -> set[nn.Parameter]:
 def move_to(model: Any, device: torch.device) -> None:
     """Moves a model to a device without its towers, which stay on the CPU or go there.
 
-    A model that calls a tower for text too gets it on the device then.
+    A model that calls a tower for text too gets it on the device then. Towers come last among the modules
+    around them: transformers takes the device of the first weight for that of the model.
     """
 
     def follow(module: nn.Module, inputs: Any) -> None:
@@ -68,7 +69,7 @@ def move_to(model: Any, device: torch.device) -> None:
     apart = towers(model) if device.type != "cpu" else {}
     places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in apart]
     for parent, leaf in places:
-        setattr(parent, leaf, None)
+        delattr(parent, leaf)
     try:
         model.to(device)
     finally:

@@ -48,9 +48,11 @@ def mlps_in(module: nn.Module) -> list[nn.Module]:
 def _is_mlp(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, BaseTunerLayer, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return False
-    children = list(module.children())
-    linear = [child for child in children if isinstance(child, (nn.Linear, BaseTunerLayer))]
-    others = [child for child in children if not isinstance(child, (nn.Linear, BaseTunerLayer))]
+    linear, others = [], []
+    for child in module.children():
+        is_stack = hasattr(child, "parameter_name")  # the layer of PEFT on stacked experts
+        is_linear = isinstance(child, (nn.Linear, BaseTunerLayer)) and not is_stack
+        (linear if is_linear else others).append(child)
     if len(linear) < 2 or next(module.parameters(recurse=False), None) is not None:
         return False
     if any(next(child.parameters(), None) is not None for child in others):

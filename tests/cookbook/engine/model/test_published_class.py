@@ -96,7 +96,7 @@ def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp
     places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     towers = text_part.towers(model)
     text_part.move_to(model, torch.device("meta"))  # from which nothing can be moved back
-    assert [name for name, _ in model.named_modules()] == modules
+    assert sorted(name for name, _ in model.named_modules()) == sorted(modules)
     of_towers = tuple(f"{name}." for name in towers)
     for name, weight in model.named_parameters():
         if name.startswith(of_towers):
@@ -107,6 +107,16 @@ def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp
     with pytest.raises(TypeError):  # the tower gets no pictures
         next(iter(towers.values()))()
     assert any(weight.device.type == "meta" for tower in towers.values() for weight in tower.parameters())
+
+
+def test_the_device_of_a_model_is_that_of_its_text_where_a_tower_comes_first() -> None:
+    """Idefics 3 moves its embeddings there (`self.device`)."""
+    model = families.make("idefics3").eval()
+    assert next(iter(dict(model.model.named_children()))) in {
+        name.rpartition(".")[2] for name in text_part.towers(model)
+    }
+    text_part.move_to(model, torch.device("meta"))
+    assert [part.device.type for part in (model, model.model)] == ["meta", "meta"]
 
 
 @pytest.mark.cases(1)

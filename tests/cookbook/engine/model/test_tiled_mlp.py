@@ -98,6 +98,13 @@ def test_what_runs_in_tiles_sees_one_token_at_a_time(name: str) -> None:
         assert len(found) == model.config.num_hidden_layers
 
 
+def test_experts_with_an_adapter_are_no_mlp(make_data: Any, gradients_of: Any, tmp_path: Path) -> None:
+    """Phi MoE has nothing else in a block of experts than a linear router."""
+    folder = str(families.save("phimoe", tmp_path / "model"))
+    with_tiles, without = (run(BaseModel(folder, ON), tile, make_data, gradients_of) for tile in (TILE, 0))
+    assert_close(with_tiles, without, 2e-6)
+
+
 @pytest.fixture(scope="module")
 def wide(make_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose MLP keeps most of the activations."""
