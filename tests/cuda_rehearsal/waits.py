@@ -20,7 +20,8 @@ WAITS: Mapping[str, str] = {
     f"{_SAMPLING}decoders.py:WholeModelDecoder.prefill": "a model's own cache takes prompts one by one",
     f"{_SAMPLING}decoders.py:WholeModelDecoder.decode": "a model's own cache takes groups one by one",
     f"{_SAMPLING}decoders.py:_logprobs_of": "log-probabilities of a prompt are an answer",
-    "transformers/cache_utils.py:": "a model's own cache takes groups one by one",
+    "transformers/cache_utils.py:DynamicLayer.lazy_initialization": "an empty cache: once a layer and group",
+    "transformers/cache_utils.py:DynamicSlidingWindowLayer.lazy_initialization": "as above",
     f"{_SAMPLING}decode_graphs.py:DecodeGraphs.hidden_of": "nothing runs when a capture begins: once a size",
     f"{_SAMPLING}decode_graphs.py:_check_equal": "what was captured is compared: once a size",
     f"{_SAMPLING}sampler.py:_RunningBatch._draw": "a token may end its sequence: once a token for all",
@@ -39,12 +40,16 @@ WAITS_OF_MODELS: Mapping[str, str] = {
     "transformers/models/phimoe/modeling_phimoe.py:PhimoeRotaryEmbedding.forward": (
         "the largest position chooses a scale: once a pass"
     ),
+    "transformers/models/longcat_flash/modeling_longcat_flash.py:LongcatFlashExperts.forward": (
+        "its own loop over experts, where these have no adapter"
+    ),
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
 """The same for code of transformers, by the folder of the model."""
 
 NOT_CAPTURED: Mapping[str, str] = {
     "gemma3n_text": "its MLP copies a number to the device in each pass",
+    "longcat_flash": "its loop over experts asks which have tokens",
     "phimoe": "its RoPE reads the largest position in each pass",
 }
 """Why the passes that decode a family's model are no CUDA graphs, where that shows only in a capture."""

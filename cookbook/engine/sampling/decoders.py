@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cookbook.engine.model import architecture
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.packing import copy_to
 from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.sequence import Sequence
 
@@ -81,7 +82,7 @@ class WholeModelDecoder(Decoder):
             if needs_logprobs:
                 group[0].request.prompt_logprobs = _logprobs_of(logits_TV, tokens_1T[0])
             logits.append(logits_TV[-1].float())
-            cache.reorder_cache(torch.tensor([0] * len(group)))
+            cache.reorder_cache(copy_to(self._base.device, np.zeros(len(group), np.int64)))
             self._groups.append((cache, list(group)))
         return torch.stack(logits)
 
@@ -116,7 +117,7 @@ class WholeModelDecoder(Decoder):
         rows = [row for row, other in enumerate(group) if other is not sequence]
         group.remove(sequence)
         # beam search does this too, so it also works for layers without keys
-        cache.reorder_cache(torch.tensor(rows))
+        cache.reorder_cache(copy_to(self._base.device, np.array(rows)))
 
     def _run(self, tokens_RT: Tensor, cache: Any, **arguments: Any) -> Tensor:
         arguments = {self._cache_name: cache, "use_cache": True, **arguments}
