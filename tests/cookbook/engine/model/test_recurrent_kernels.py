@@ -177,9 +177,49 @@ def test_mamba_runs_over_texts(num_tokens: int) -> None:
         "delta_softplus": True,
     }
     for with_state in ({"return_last_state": True}, {}):
-        found = _FUNCTIONS["mamba_selective_scan"](**call, **with_state)
         expected = family("jamba").mamba_selective_scan(**call, **with_state)
+        with functions_of_mamba().in_use():
+            found = family("jamba").mamba_selective_scan(**call, **with_state)
         assert_equal(*((x if with_state else [x]) for x in (found, expected)))
+
+
+def functions_of_mamba() -> SamplingFunctions:
+    class Mixer(nn.Module):
+        pass
+
+    Mixer.__module__ = family("jamba").__name__
+    return SamplingFunctions(Mixer())
+
+
+@pytest.mark.parametrize("num_heads", [None, 2])
+def test_a_scan_of_mamba_goes_on_from_a_state(num_heads: int | None) -> None:
+    """Zamba has a scan for each head, of which each goes on from its own."""
+    scan, functions = family("jamba").mamba_selective_scan, functions_of_mamba()
+    calls = [
+        {
+            "hidden_states": random(R, C, 9),
+            "dt": random(R, C, 9),
+            "B": random(R, N, 9),
+            "A": -torch.rand(C, N),
+            "C": random(R, N, 9),
+            "delta_softplus": True,
+        }
+        for _ in range(num_heads or 1)
+    ]
+    parts = [
+        [
+            {k: v[..., part] if k not in ("A", "delta_softplus") else v for k, v in call.items()}
+            for call in calls
+        ]
+        for part in (slice(None, 4), slice(4, None))
+    ]
+    whole = [scan(**call, return_last_state=True) for call in calls]
+    states = [scan(**call, return_last_state=True)[1] for call in parts[0]]
+    functions.continue_from(torch.stack(states, 1) if num_heads else states[0])
+    with functions.in_use():
+        found = [family("jamba").mamba_selective_scan(**call, return_last_state=True) for call in parts[1]]
+    for (out, last), (expected, expected_last) in zip(found, whole, strict=True):
+        assert_equal([out, last], [expected[..., 4:], expected_last])
 
 
 def test_a_step_of_mamba_2_bounds_its_time_step_as_the_scan_does() -> None:
