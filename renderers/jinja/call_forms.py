@@ -247,6 +247,12 @@ class PrintedCalls(NamedTuple):
         form = self.behind or self.ahead or self.alone
         return [form.first] if form.first.strip() else []
 
+    @property
+    def markups(self) -> list[str]:
+        """All markup of each form."""
+        forms = [form for form in (self.alone, self.behind, self.ahead) if form is not None]
+        return [" ".join((form.first, *form.literals, form.last)) for form in forms]
+
     def parse(self, text: str) -> tuple[str, list[Call]] | None:
         """Returns the text beside the calls of a reply, and the calls; None if it has none of this form."""
         if calls := self.alone.parse(text):

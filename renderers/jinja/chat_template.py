@@ -508,16 +508,18 @@ class ChatTemplateRenderer(Renderer):
 
         Text that spells the control tokens of calls holds none.
         """
-        controls = {
-            self._encoder.ids[control]
-            for mark in calls.marks
-            for control in self._encoder.control.findall(mark)
-        }
-        if not controls <= {*tokens}:
+        given = {*tokens}
+
+        def controls_of(*markups: str) -> set[int]:
+            found = (self._encoder.control.findall(markup) for markup in markups)
+            return {self._encoder.ids[control] for controls in found for control in controls}
+
+        if not any(controls_of(markup) <= given for markup in (*calls.marks, *calls.markups)):
             return message, True
         found = calls.parse(str(message["content"]))
         if found is None:  # tags around a text may hold something else than calls
-            return message, not controls or bool(calls.before)
+            begun = controls_of(*calls.marks)
+            return message, not begun or not begun <= given or bool(calls.before)
         return {**message, "content": found[0], "tool_calls": found[1]}, True
 
 
@@ -537,6 +539,9 @@ def _with_calls(sections: Sections, calls: PrintedCalls, begun: str) -> Sections
             sections = {**sections, START: dataclasses.replace(start, field=None)}
         else:
             return None
+    elif start.field == "content" and calls.alone.first not in calls.marks:  # gpt-oss
+        begins = {**start.begins, calls.alone.first: "calls"}
+        sections = {**sections, START: dataclasses.replace(start, begins=begins)}
     if calls.before:
         sections = _with_beginning(sections, calls.before)
     return with_section_behind_content(sections, "calls", calls.marks, rstrip=calls.spaces)

@@ -19,17 +19,18 @@ in order:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import product
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL, Encoder
 from renderers.jinja.chat import Chat
 from renderers.jinja.modes import modes_of, own_variables
-from renderers.jinja.template import Template, stand_in_for
+from renderers.jinja.template import CALL, Template, stand_in_for
 from renderers.jinja.turn_ends import REPLY, USER, Ending
 from renderers.messages import PlainMessage
 from renderers.thinking import END_THINK, THINK, USUAL, Tags, tags_in
@@ -138,10 +139,15 @@ class Replies:
                 return opening, closing
         return None
 
-    def _around_thought(self) -> Iterator[tuple[Template, str, str]]:
-        """Yields what each mode prints before a thought and between it and the reply's text."""
+    def _around_thought(
+        self, further: Mapping[str, Any] = MappingProxyType({})
+    ) -> Iterator[tuple[Template, str, str]]:
+        """Yields what each mode prints before a thought and between it and the reply's text.
+
+        The reply has the `further` keys.
+        """
         content = f"{SENTINEL}1;"
-        message = {"role": "assistant", "content": content, "reasoning_content": _THOUGHT}
+        message = {"role": "assistant", "content": content, "reasoning_content": _THOUGHT, **further}
         for mode in (self._template, *self.modes):
             with suppress(RendererError):
                 text = mode.text([mode.adapted(USER), mode.adapted(message)])
@@ -162,12 +168,13 @@ class Replies:
             return None
         if self._tags[1] in self._template.source and self._opening_modes(self._tags[0]):
             return None
-        message = self._template.adapted({**REPLY, "content": "x", "reasoning_content": _THOUGHT})
+        reply = {**REPLY, "content": "x", "reasoning_content": _THOUGHT}
         user = self._template.adapted(USER)
         for mode in (self._template, *self.modes):
-            with suppress(RendererError):
-                if _THOUGHT in mode.text([user, message]):
-                    return None
+            for message in (reply, {**reply, "tool_calls": CALL["tool_calls"]}):  # Kimi K2 Thinking
+                with suppress(RendererError):
+                    if _THOUGHT in mode.text([user, mode.adapted(message)]):
+                        return None
         return self._tags
 
     @cached_property
@@ -247,6 +254,8 @@ class Replies:
             chat.given[index].get("content", "").strip() or "tool_calls" in chat.given[index]
         ):
             yield partial(self._empty, chat, index)
+        if chat.given[index].get("reasoning_content") and not chat.given[index].get("tool_calls"):
+            yield partial(self._filled_thought, chat, index)
 
     def _has_no_thought(self, message: PlainMessage) -> bool:
         """Returns whether a reply has no thinking; tags that the template does not know are its text."""
@@ -414,6 +423,30 @@ class Replies:
         finding = "kept the thinking that the chat template removes" if thought.strip() else _CLOSED
         without_thought = {**message, "reasoning_content": ""}
         return self._made(chat, index, prompt, prompt + said, (mode, mode, finding), without_thought)
+
+    def _filled_thought(self, chat: Chat, index: int) -> ReplyTurn:
+        """Returns the reply with its thinking in the empty thought that the template prints in front of it.
+
+        The template of Kimi K2 Thinking prints thinking of replies with calls alone.
+        """
+        without = {key: value for key, value in chat.given[index].items() if key != "reasoning_content"}
+        turn = self.turn(Chat(self._template, [*chat.given[:index], without], chat.given_tools), index)
+        opening, closing = self._thought_beside_calls
+        if not opening or not turn.said.startswith(opening + closing):
+            raise self._other_prompt(chat, index, turn.prompt)
+        said = opening + chat.given[index]["reasoning_content"] + turn.said.removeprefix(opening)
+        return turn._replace(
+            said=said, finding="kept the thinking that the chat template prints beside calls"
+        )
+
+    @cached_property
+    def _thought_beside_calls(self) -> tuple[str, str]:
+        """What the template prints around the thinking of a reply with calls; empty if it prints none."""
+        prompt = self._template.text([self._template.adapted(USER)], prompt=True)
+        found = next(self._around_thought({"tool_calls": CALL["tool_calls"]}), None)
+        if found is None or not found[1].startswith(prompt):
+            return "", ""
+        return found[1].removeprefix(prompt), found[2]
 
     def _empty(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns an empty reply as a reply with text is printed, without the text.

@@ -198,6 +198,48 @@ def test_tags_around_a_text_without_calls_belong_to_the_text(small_tokenizer: Ca
     assert renderer.parse_response(tokens) == (message, True)
 
 
+def test_calls_alone_are_parsed_though_those_beside_a_text_have_more_control_tokens(
+    small_tokenizer: Callable[..., Any],
+) -> None:
+    """As in gpt-oss, whose text beside calls is a message of its own."""
+    beside = (
+        "{% if m.tool_calls and m.content %}<|header|>{{ m.content }}<|text|>"
+        "{% else %}{{ m.content }}{% endif %}"
+    )
+    calls = CALLS + " to={{ f.name }}<|eot|>{{ f.arguments | tojson }}{% endfor %}"
+    renderer = get_renderer("chat_template", small_tokenizer(template_of(beside + calls)))
+    for text, before in (("", ""), ("I look.", "<|header|>I look.<|text|>")):
+        message = reply(text, [("f", {"k": 1})], with_ids=False)
+        said = f'{before} to=f<|eot|>{{"k": 1}}<|im_end|>'
+        tokens = renderer.tokenizer(said, add_special_tokens=False).input_ids
+        assert renderer.parse_response(tokens) == (message, True)
+        deltas = renderer.parse_stream().feed(tokens)
+        assert "".join(delta.text for delta in deltas) == text
+
+
+def test_thinking_replaces_the_empty_thought_of_a_template_that_prints_it_only_beside_calls(
+    small_tokenizer: Callable[..., Any],
+) -> None:
+    """As in Kimi K2 Thinking. It was put behind the empty thought, with tags of its own."""
+    thought = "<think>{{ m.reasoning_content if m.tool_calls }}</think>"
+    calls = CALLS + "<call>{{ {'name': f.name, 'arguments': f.arguments} | tojson }}</call>{% endfor %}"
+    printed = "{% if m.role == 'assistant' %}" + thought + "{% endif %}{{ m.content }}" + calls
+    renderer = get_renderer("chat_template", small_tokenizer(template_of(printed)))
+    user = {"role": "user", "content": "a"}
+    for more, behind in (
+        ({}, ""),
+        (
+            {"tool_calls": reply("", [("f", {})], False)["tool_calls"]},
+            '<call>{"name": "f", "arguments": {}}</call>',
+        ),
+    ):
+        message = {"role": "assistant", "reasoning_content": "Two.", "content": "4", **more}
+        ((example, weights),) = renderer.build_supervised_examples([user, message])
+        said = [token for token, weight in zip(example.to_ints(), weights, strict=True) if weight]
+        assert renderer.tokenizer.decode(said) == f"<think>Two.</think>4{behind}<|im_end|>"
+        assert renderer.parse_response(said) == (message, True)
+
+
 def test_thinking_behind_a_new_line_is_parsed(small_tokenizer: Callable[..., Any]) -> None:
     """GLM-4.5's replies begin like this."""
     renderer = get_renderer(
