@@ -41,15 +41,15 @@ WAITS_OF_MODELS: Mapping[str, str] = {
         "the largest position chooses a scale: once a pass"
     ),
     "transformers/models/longcat_flash/modeling_longcat_flash.py:LongcatFlashExperts.forward": (
-        "its own loop over experts, where these have no adapter"
+        "its own loop over experts, where these are trained"
     ),
+    "transformers/models/step3p7/modeling_step3p7.py:Step3p7Experts.forward": "as above",
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
 """The same for code of transformers, by the folder of the model."""
 
 NOT_CAPTURED: Mapping[str, str] = {
     "gemma3n_text": "its MLP copies a number to the device in each pass",
-    "longcat_flash": "its loop over experts asks which have tokens",
     "phimoe": "its RoPE reads the largest position in each pass",
 }
 """Why the passes that decode a family's model are no CUDA graphs, where that shows only in a capture."""

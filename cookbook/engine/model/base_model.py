@@ -15,6 +15,7 @@ from cookbook.engine import devices, processes
 from cookbook.engine.model import (
     architecture,
     architecture_probe,
+    expert_lora,
     fsdp,
     fused,
     linear_scan,
@@ -166,6 +167,7 @@ class BaseModel(ModelPasses):
             compile_layers(layers)
         elif self.device.type == "cuda":
             fused.install(self.decoder)
+            expert_lora.run_grouped(self.decoder)
             rope.install(self.decoder)
 
     def _probe_architecture(self) -> None:

@@ -46,6 +46,8 @@ class ExpertsForm:
 
 def form_of(module: nn.Module) -> ExpertsForm | None:
     """Returns the form of a module of experts, or None for an unknown one and for other modules."""
+    if (known := vars(module).get("experts_form")) is not None:
+        return known
     form = _form_without_activation(module)
     if form is None or form.call == "sorted" or not form.has_gate:
         return form

@@ -437,6 +437,28 @@ def run_quantized(model: nn.Module) -> None:
             experts.forward = types.MethodType(forward, experts)
 
 
+def run_grouped(model: nn.Module) -> None:
+    """Makes frozen experts compute here that transformers runs one by one, which waits for the device.
+
+    It has grouped products for the others, and a loop for those of LongCat and Step 3.7.
+    """
+    modules: list[Any] = list(model.modules())
+    for experts in modules:
+        if hasattr(experts, "has_gate") or any(True for _ in own_quantized_stacks(experts)):
+            continue
+        if (form := form_of(experts)) is not None and form.call == "routed":
+            kind: Any = type(experts)
+            experts.experts_form = form
+            experts.__class__ = fused.class_with(kind, _forward_frozen)
+
+
+def _forward_frozen(self: Any, *inputs: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters()):
+        result: Tensor = self.plain_forward(*inputs)
+        return result
+    return run_experts(self, self.experts_form, {}, *inputs)
+
+
 @torch.compiler.disable
 def _forward_without_lora(self: Any, *inputs: Any) -> Tensor:
     return run_experts(self, self.experts_form, {}, *inputs)

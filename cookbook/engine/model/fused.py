@@ -49,7 +49,7 @@ def install(decoder: nn.Module) -> dict[str, int]:
             if norm not in is_norm:
                 is_norm[norm] = _is_plain_norm(module)
             if is_norm[norm]:
-                module.__class__ = _fused_class(kind, _norm_forward)
+                module.__class__ = class_with(kind, _norm_forward)
                 found["norms"] += 1
         elif (forward := _FORWARDS.get(_names_in(module))) is not None:
             key = kind, *_settings_of(module)
@@ -57,7 +57,7 @@ def install(decoder: nn.Module) -> dict[str, int]:
                 activations[key] = _activation_of(module)
             if activations[key] is not None:
                 module.fused_activation = activations[key]
-                module.__class__ = _fused_class(kind, forward)
+                module.__class__ = class_with(kind, forward)
                 found["gated products"] += 1
     return found
 
@@ -75,7 +75,7 @@ def _settings_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _fused_class(kind: Any, forward: Callable[..., Any]) -> Any:
+def class_with(kind: Any, forward: Callable[..., Any]) -> Any:
     """Returns the subclass with another forward pass. A method on an instance would be a reference cycle."""
     parts = {"forward": forward, "plain_forward": kind.forward, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), parts)

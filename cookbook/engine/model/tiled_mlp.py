@@ -48,7 +48,8 @@ def mlps_in(module: nn.Module) -> list[nn.Module]:
 def _is_mlp(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, BaseTunerLayer, nn.ModuleList, nn.ModuleDict, nn.Sequential)):
         return False
-    linear, others = [], []
+    linear: list[nn.Module] = []
+    others: list[nn.Module] = []
     for child in module.children():
         is_stack = hasattr(child, "parameter_name")  # the layer of PEFT on stacked experts
         is_linear = isinstance(child, (nn.Linear, BaseTunerLayer)) and not is_stack

@@ -218,6 +218,45 @@ def test_experts_that_do_not_describe_themselves_have_the_results_and_gradients_
         )
 
 
+@pytest.mark.parametrize("name", ["step3p7", "longcat_flash", "llama4", "jetmoe"])
+def test_frozen_experts_with_a_loop_of_their_own_run_in_groups(
+    name: str,
+) -> None:
+    """Trained ones get their gradients from the loop. Llama 4 and JetMoE have none."""
+    experts, inputs, _ = other_experts(name)
+    torch.manual_seed(0)
+    model = Around(experts).requires_grad_(False)
+    own_class: Any = type(experts)
+    loops: list[str] = []
+    expected = model(*inputs)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), inputs[0])
+    model.requires_grad_(True)
+    expected_weight, *_ = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
+
+    class Counted(own_class):
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            loops.append(name)
+            out: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+            return out
+
+    experts.__class__ = Counted if name in ("step3p7", "longcat_flash") else own_class
+    expert_lora.run_grouped(model)
+    assert (type(experts) is own_class) == (name in ("llama4", "jetmoe"))
+    if type(experts) is own_class:
+        return
+    loops.clear()
+    model.requires_grad_(False)
+    found = model(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    (found_grad,) = torch.autograd.grad(found.square().sum(), inputs[0])
+    torch.testing.assert_close(found_grad, expected_grad, rtol=1e-4, atol=1e-4)
+    assert not loops
+    model.requires_grad_(True)
+    found_weight, *_ = torch.autograd.grad(model(*inputs).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found_weight, expected_weight)
+    assert loops == [name]
+
+
 class SquaredExperts(Step3p7Experts):
     """Has the weights of other experts, and computes something else."""
 
