@@ -43,6 +43,9 @@ WAITS_OF_MODELS: Mapping[str, str] = {
     "transformers/models/longcat_flash/modeling_longcat_flash.py:LongcatFlashExperts.forward": (
         "its own loop over experts, where these are trained"
     ),
+    "transformers/models/chameleon/modeling_chameleon.py:ChameleonForConditionalGeneration.forward": (
+        "its list of tokens of pictures, which text may not choose, is copied: once a pass"
+    ),
     "transformers/models/step3p7/modeling_step3p7.py:Step3p7Experts.forward": "as above",
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
