@@ -46,6 +46,9 @@ WAITS_OF_MODELS: Mapping[str, str] = {
     "transformers/models/chameleon/modeling_chameleon.py:ChameleonForConditionalGeneration.forward": (
         "its list of tokens of pictures, which text may not choose, is copied: once a pass"
     ),
+    "transformers/models/falcon/modeling_falcon.py:FalconAttention._split_heads": (
+        "the place of the keys is a list, which is copied: once a layer"
+    ),
     "transformers/models/step3p7/modeling_step3p7.py:Step3p7Experts.forward": "as above",
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
