@@ -16,7 +16,7 @@ _MODEL = "cookbook/engine/model/"
 WAITS: Mapping[str, str] = {
     f"{_SAMPLING}packed_decoder.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
     f"{_SAMPLING}packed_decoder.py:PackedDecoder._compute": "places of log-probabilities are copied",
-    f"{_SAMPLING}packed_decoder.py:_Prompt.note_logprobs": "log-probabilities of a prompt are an answer",
+    f"{_SAMPLING}packed_decoder.py:_PromptText.note_logprobs": "log-probabilities of a prompt are an answer",
     f"{_SAMPLING}decoders.py:WholeModelDecoder.prefill": "a model's own cache takes prompts one by one",
     f"{_SAMPLING}decoders.py:WholeModelDecoder.decode": "a model's own cache takes groups one by one",
     f"{_SAMPLING}decoders.py:_logprobs_of": "log-probabilities of a prompt are an answer",

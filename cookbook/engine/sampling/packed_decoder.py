@@ -54,11 +54,11 @@ class PackedDecoder(Decoder):
             return self._prefill(groups)
 
     def _prefill(self, groups: list[list[Sequence]]) -> Tensor:
-        same: dict[bytes, _Prompt] = {}
-        prompts: list[_Prompt] = []
+        same: dict[bytes, _PromptText] = {}
+        prompts: list[_PromptText] = []
         for group in groups:
             text_T = group[0].text_T
-            prompts.append(same.setdefault(text_T.tobytes(), _Prompt(text_T)))
+            prompts.append(same.setdefault(text_T.tobytes(), _PromptText(text_T)))
             prompts[-1].groups.append(group)
         distinct = list(same.values())
         if self._has_states:
@@ -67,7 +67,7 @@ class PackedDecoder(Decoder):
             prompt.known = self._known_of(prompt.text_T, prompt.needs_logprobs, len(distinct))
             if prompt.known and self.prompts is not None:
                 self.prompts.use(prompt.known)
-        logits: dict[_Prompt, Tensor] = {}
+        logits: dict[_PromptText, Tensor] = {}
         for prompt in distinct:
             if prompt.is_known and (end := prompt.known[-1][0].end) and end.logits_V is not None:
                 self._cache.place(prompt.sequences, prompt.known)
@@ -78,7 +78,7 @@ class PackedDecoder(Decoder):
             prompt.note_hits()
         return torch.stack([logits[prompt] for prompt in prompts])
 
-    def _compute(self, prompts: list[_Prompt]) -> Tensor:
+    def _compute(self, prompts: list[_PromptText]) -> Tensor:
         """Runs the model over what is not known of prompts. Returns the logits after them: [R, V] fp32."""
         device = self._base.device
         sequences, texts = [each.sequences for each in prompts], [each.text_T for each in prompts]
@@ -104,7 +104,7 @@ class PackedDecoder(Decoder):
                 self._keep(prompt.sequences[0], prompt.text_T, logits_RV[number])
         return logits_RV
 
-    def _compute_beginnings(self, prompts: list[_Prompt]) -> None:
+    def _compute_beginnings(self, prompts: list[_PromptText]) -> None:
         """Computes the beginnings of prompts whose states are to be kept."""
         prompts = [prompt for prompt in prompts if not prompt.needs_logprobs]
         if self.prompts is None or self.min_shared is None or not prompts:
@@ -223,7 +223,7 @@ class PackedDecoder(Decoder):
 
 
 @dataclass(eq=False)
-class _Prompt:
+class _PromptText:
     """A text, and the groups of sequences that have it."""
 
     text_T: np.ndarray
