@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,20 +131,26 @@ def test_a_response_says_how_many_tokens_of_its_prompt_were_not_computed(base: B
     assert hits_of(sampler, *short) == [0, 0, 0], "batches of texts of other lengths are cheaper"
 
 
-def num_computed(base: BaseModel, sampler: Sampler, prompts: list[list[int]]) -> list[int]:
-    """Returns how many tokens the model reads for each prompt, but for those of its reply."""
+@contextlib.contextmanager
+def passes_of(base: BaseModel) -> Iterator[list[int]]:
+    """Yields how many tokens the model reads in each pass in the body."""
     sizes: list[int] = []
     hook = base.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: sizes.append(inputs[0].shape[-1])
     )
-    counts = []
     try:
-        for prompt in prompts:
-            sizes.clear()
-            ask(sampler, [prompt], max_tokens=1)
-            counts.append(sum(sizes))
+        yield sizes
     finally:
         hook.remove()
+
+
+def num_computed(base: BaseModel, sampler: Sampler, prompts: list[list[int]]) -> list[int]:
+    """Returns how many tokens the model reads for each prompt, but for those of its reply."""
+    counts = []
+    for prompt in prompts:
+        with passes_of(base) as sizes:
+            ask(sampler, [prompt], max_tokens=1)
+        counts.append(sum(sizes))
     return counts
 
 
@@ -165,14 +173,8 @@ def test_a_group_of_requests_for_the_same_prompt_computes_it_once(base: BaseMode
     sampler = Sampler(base, prepared_with(None))
     requests = [make_request(base, prompt=prompt, seed=number) for number in range(8)]
     waiting = [requests[4:], requests[1:4]]
-    sizes: list[int] = []
-    hook = base.model.get_input_embeddings().register_forward_hook(
-        lambda module, inputs, output: sizes.append(inputs[0].shape[-1])
-    )
-    try:
+    with passes_of(base) as sizes:
         sampler.run(requests[0], lambda: waiting.pop() if waiting else [])
-    finally:
-        hook.remove()
     assert [size for size in sizes if size > 8] == [60 + -60 % base.row_multiple]
     found = [request.future.result(timeout=0) for request in requests]
     assert [each.prompt_cache_hit_tokens for each in found] == [0] + [60] * 7
