@@ -22,6 +22,7 @@ WAITS: Mapping[str, str] = {
     f"{_SAMPLING}decoders.py:_logprobs_of": "log-probabilities of a prompt are an answer",
     "transformers/cache_utils.py:DynamicLayer.lazy_initialization": "an empty cache: once a layer and group",
     "transformers/cache_utils.py:DynamicSlidingWindowLayer.lazy_initialization": "as above",
+    "transformers/cache_utils.py:DynamicIndexedLayer.lazy_initialization_indexer": "as above",
     f"{_SAMPLING}decode_graphs.py:DecodeGraphs.hidden_of": "nothing runs when a capture begins: once a size",
     f"{_SAMPLING}decode_graphs.py:_check_equal": "what was captured is compared: once a size",
     f"{_SAMPLING}sampler.py:_RunningBatch._draw": "a token may end its sequence: once a token for all",
@@ -50,6 +51,11 @@ WAITS_OF_MODELS: Mapping[str, str] = {
         "the place of the keys is a list, which is copied: once a layer"
     ),
     "transformers/models/step3p7/modeling_step3p7.py:Step3p7Experts.forward": "as above",
+    "transformers/models/dbrx/modeling_dbrx.py:DbrxExperts.forward": "its own loop over experts",
+    "transformers/models/gpt_neo/modeling_gpt_neo.py:GPTNeoSelfAttention._attn": "a number is copied",
+    "transformers/models/glm5_next/modeling_glm5_next.py:Glm5NextTextIndexer.get_pooled_states": (
+        "it drops pools of keys by a mask: once a layer"
+    ),
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
 }
 """The same for code of transformers, by the folder of the model."""

@@ -139,7 +139,7 @@ class UncachedDecoder(Decoder):
             needs_logprobs = needs_prompt_logprobs(group)
             logits_TV = self.logits(text_T, **({} if needs_logprobs else self._last_only))
             if needs_logprobs:
-                tokens_T = torch.from_numpy(text_T).to(logits_TV.device)
+                tokens_T = copy_to(self._base.device, text_T)
                 group[0].request.prompt_logprobs = _logprobs_of(logits_TV, tokens_T)
             logits.append(logits_TV[-1])
         return torch.stack(logits)
@@ -149,7 +149,7 @@ class UncachedDecoder(Decoder):
 
     def logits(self, tokens_T: np.ndarray, **arguments: Any) -> Tensor:
         """Returns the logits after every token: [T, V] fp32."""
-        tokens_1T = torch.from_numpy(tokens_T[None]).to(self._base.device)
+        tokens_1T = copy_to(self._base.device, tokens_T[None])
         logits_TV: Tensor = self._base.model(input_ids=tokens_1T, use_cache=False, **arguments).logits[0]
         return logits_TV.float()
 
