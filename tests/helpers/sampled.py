@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import Future
 from typing import Any
 
@@ -103,6 +104,22 @@ def plain_logprobs(base: BaseModel, adapter: Adapter | None, tokens: list[int]) 
     """Returns the log-probabilities after each token, from the model's forward without a cache: [T, V]."""
     with base.adapters.using(adapter):
         return base.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def related_prompts(
+    rng: random.Random, num: int, longest: int = 40, length: int | None = None
+) -> list[list[int]]:
+    """Returns prompts that continue, shorten or repeat beginnings of each other.
+
+    The one they all come from has `length` tokens, or a random number up to `longest`.
+    """
+    prompts = [[rng.randrange(3, 100) for _ in range(length or rng.randint(1, longest))]]
+    while len(prompts) < num:
+        begin = rng.choice(prompts)
+        begin = begin[: rng.randint(0, len(begin))]
+        prompts.append((begin + [rng.randrange(3, 100) for _ in range(rng.randint(0, 9))]) or [7])
+    rng.shuffle(prompts)
+    return prompts
 
 
 def assert_same(found: Any, expected: Any) -> None:

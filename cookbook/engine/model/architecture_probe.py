@@ -125,14 +125,7 @@ def _choose_passes(
         logger.debug("%s splits rows at the borders of sequences (%s).", base.name, reason)
         reason = why_not(lambda: _packed_logprobs(base, sequences, gradients))
     if reason is None:
-        reason = why_not(lambda: _logprobs_of_tree(base, sequences, gradients))
-        if reason is not None and base.recurrent.mixers:
-            base.recurrent.hands_states_on = False
-            logger.debug("%s runs recurrent layers over whole sequences (%s).", base.name, reason)
-            reason = why_not(lambda: _logprobs_of_tree(base, sequences, gradients))
-        base.min_shared_tokens = MIN_SHARED_TOKENS if reason is None else None
-        if reason is not None:
-            logger.info("%s computes what sequences share for each of them (%s).", base.name, reason)
+        _choose_sharing(base, lambda: why_not(lambda: _logprobs_of_tree(base, sequences, gradients)))
         return
     base.is_padded = True
     base.model.set_attn_implementation(own_attention)
@@ -145,6 +138,18 @@ def _choose_passes(
     else:
         logger.info("%s computes what sequences share for each of them (%s).", base.name, cannot_share)
     warn_if_slow(base.name, base.device, base.is_padded, cannot_share)
+
+
+def _choose_sharing(base: ModelPasses, why_not_shared: Callable[[], str | None]) -> None:
+    """Sets whether packed sequences compute what they share once, given why its trial fails, or None."""
+    reason = why_not_shared()
+    if reason is not None and base.recurrent.mixers:
+        base.recurrent.hands_states_on = False
+        logger.debug("%s runs recurrent layers over whole sequences (%s).", base.name, reason)
+        reason = why_not_shared()
+    base.min_shared_tokens = MIN_SHARED_TOKENS if reason is None else None
+    if reason is not None:
+        logger.info("%s computes what sequences share for each of them (%s).", base.name, reason)
 
 
 def _difference(base: ModelPasses, found_S: Tensor, expected_S: Tensor) -> float:

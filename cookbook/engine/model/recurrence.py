@@ -335,10 +335,9 @@ class RecurrentLayers:
                 if not cache_name or not mask_name:
                     raise ValueError(f"{type(mixer).__name__} takes no cache that holds its states")
                 arguments[mask_name] = torch.ones_like(row.place_N, dtype=torch.bool)[None]
-            input_name = ""
+            names_of_row = (name for name, value in arguments.items() if row.is_of_row(value))
+            input_name = next(names_of_row) if row.own_in_batches else ""
             of_row: dict[str, list[Tensor]] = {}
-            if row.own_in_batches:
-                input_name = next(name for name, value in arguments.items() if row.is_of_row(value))
             functions = training_functions if row.states is None else sampling_functions
             is_on_cpu = row.place_N.device.type == "cpu"
             outs: list[Any] = []

@@ -24,7 +24,6 @@ _SPACING = 4
 _ALONGSIDE_OTHERS = 16
 """How many times as long a beginning has to be if several texts are computed together: one that is continued
 is not in one batch with texts of other lengths, which costs some 256 tokens (`benchmarks/hybrids.py`)."""
-
 _SEEN_OF_NEXT_TURN = 1 / 3
 """The share of a prompt that was seen before if it is taken for the next turn of a conversation."""
 

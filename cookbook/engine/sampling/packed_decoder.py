@@ -73,10 +73,11 @@ class PackedDecoder(Decoder):
                 self._cache.place(prompt.sequences, prompt.known)
                 logits[prompt], prompt.num_reused = end.logits_V, len(prompt.text_T)
         if computed := [prompt for prompt in distinct if prompt not in logits]:
-            logits |= dict(zip(computed, self._compute(computed), strict=True))
+            computed_RV = self._compute(computed)
+            logits |= dict(zip(computed, computed_RV, strict=True))
         for prompt in distinct:
             prompt.note_hits()
-        return torch.stack([logits[prompt] for prompt in prompts])
+        return computed_RV if computed == prompts else torch.stack([logits[prompt] for prompt in prompts])
 
     def _compute(self, prompts: list[_PromptText]) -> Tensor:
         """Runs the model over what is not known of prompts. Returns the logits after them: [R, V] fp32."""

@@ -192,8 +192,8 @@ def functions_of_mamba() -> SamplingFunctions:
 
 
 @pytest.mark.parametrize("num_heads", [None, 2])
-def test_a_scan_of_mamba_goes_on_from_a_state(num_heads: int | None) -> None:
-    """Zamba has a scan for each head, of which each goes on from its own."""
+def test_a_scan_of_mamba_continues_a_state(num_heads: int | None) -> None:
+    """Zamba has a scan for each head, of which each continues its own."""
     scan, functions = family("jamba").mamba_selective_scan, functions_of_mamba()
     calls = [
         {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sampled import assert_same, make_request, moved, outcome, plain_logprobs, prepared_with
+from sampled import assert_same, make_request, moved, outcome, plain_logprobs, prepared_with, related_prompts
 from torch import nn
 
 from cookbook.engine.model.base_model import BaseModel
@@ -63,17 +63,6 @@ def alone(base: BaseModel, adapter: Any, prompts: list[list[int]], **params: Any
         base.reuses_prompts = before
 
 
-def related(rng: random.Random, num: int, longest: int) -> list[list[int]]:
-    """Returns prompts that continue, shorten or repeat beginnings of each other."""
-    prompts = [[rng.randrange(3, 100) for _ in range(longest)]]
-    while len(prompts) < num:
-        begin = rng.choice(prompts)
-        begin = begin[: rng.randint(0, len(begin))]
-        prompts.append((begin + [rng.randrange(3, 100) for _ in range(rng.randint(0, 9))]) or [7])
-    rng.shuffle(prompts)
-    return prompts
-
-
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_states_are_continued_and_that_changes_nothing(name: str, tmp_path: Path) -> None:
@@ -82,7 +71,7 @@ def test_states_are_continued_and_that_changes_nothing(name: str, tmp_path: Path
     base.min_shared_tokens = 1
     adapter, rng = moved(base), random.Random(0)
     sampler, params = Sampler(base, prepared_with(adapter)), {"max_tokens": 6, "num_samples": 2}
-    prompts, total = related(rng, 6, 60), 0
+    prompts, total = related_prompts(rng, 6, length=60), 0
     for number in range(3):
         asked = [[prompt] for prompt in prompts] if number == 1 else [prompts]
         found = [response for together in asked for response in ask(sampler, together, **params)]
@@ -199,7 +188,7 @@ def test_random_prompts_sample_the_same_with_any_limits(base: BaseModel) -> None
             )
             sampler = Sampler(base, prepared_with(None), limits)
             for _ in range(2):
-                prompts = related(rng, rng.randint(1, 7), 40)
+                prompts = related_prompts(rng, rng.randint(1, 7), length=40)
                 params = {"max_tokens": rng.randint(1, 5), "num_samples": rng.choice([1, 3])}
                 params["include_prompt_logprobs"] = rng.random() < 0.3
                 for found, expected in zip(

@@ -26,6 +26,7 @@ from sampled import (
     outcome,
     plain_logprobs,
     prepared_with,
+    related_prompts,
 )
 from slow import slow_except
 
@@ -81,17 +82,6 @@ def without_reuse(base: BaseModel, adapter: Adapter | None, requests: list[Reque
         return [ask(Sampler(base, prepared_with(adapter)), [request])[0] for request in requests]
     finally:
         base.reuses_prompts = before
-
-
-def related_prompts(rng: random.Random, num: int, longest: int = 40) -> list[list[int]]:
-    """Returns prompts that continue, shorten or repeat beginnings of each other."""
-    prompts = [[rng.randrange(3, 100) for _ in range(rng.randint(1, longest))]]
-    while len(prompts) < num:
-        begin = rng.choice(prompts)
-        begin = begin[: rng.randint(0, len(begin))]
-        prompts.append((begin + [rng.randrange(3, 100) for _ in range(rng.randint(0, 9))]) or [7])
-    rng.shuffle(prompts)
-    return prompts
 
 
 @pytest.mark.cases(1)
