@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class FakeCuda(TorchDispatchMode):
     def __init__(self, answers: Mapping[str, Any] | None = None, kernels: Collection[str] = NAMES) -> None:
         """`answers` are the values that the host reads, by the function (`path:name`) that reads them.
 
+        For a copy to the host it may be a function of that function's local variables.
         `kernels` are those of `cookbook.engine.model.kernels` that are installed.
         """
         super().__init__()
@@ -250,7 +252,8 @@ class FakeCuda(TorchDispatchMode):
         else:
             dtype = kwargs.get("dtype") or source.dtype
             out = torch.empty(source.shape, dtype=dtype) if name == "_to_copy" else target
-            out.fill_(self._answers.get(place, 0))
+            answer = self._answers.get(place, 0)
+            out.copy_(torch.as_tensor(answer(_calling()[1]) if callable(answer) else answer))
         for record in self._records:
             record.num_launches += 1
             record.operators["memcpy"] += 1
@@ -349,15 +352,20 @@ _ROOT = Path(__file__).parents[2]
 
 def calling_function() -> str:
     """Returns the innermost function of the project, transformers or PEFT that is running: `path:name`."""
-    frame = sys._getframe(1)
+    return _calling()[0]
+
+
+def _calling() -> tuple[str, dict[str, Any]]:
+    """Returns the innermost such function, and its local variables."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
         if not path.startswith(str(Path(__file__).parent)):
             relative = _relative(path)
             if relative is not None:
-                return f"{relative}:{frame.f_code.co_qualname.replace('.<locals>', '')}"
+                return f"{relative}:{frame.f_code.co_qualname.replace('.<locals>', '')}", frame.f_locals
         frame = frame.f_back
-    return "?"
+    return "?", {}
 
 
 def _relative(path: str) -> str | None:

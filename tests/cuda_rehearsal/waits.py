@@ -12,6 +12,7 @@ from typing import Any
 _SAMPLING = "cookbook/engine/sampling/"
 _TRAINING = "cookbook/engine/training/"
 _MODEL = "cookbook/engine/model/"
+_JETMOE_ROUTER = "JetMoeTopKGating.forward"
 
 WAITS: Mapping[str, str] = {
     f"{_SAMPLING}packed_decoder.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
@@ -57,12 +58,21 @@ WAITS_OF_MODELS: Mapping[str, str] = {
         "it drops pools of keys by a mask: once a layer"
     ),
     "transformers/models/gemma3n/modeling_gemma3n.py:Gemma3nTextMLP._gaussian_topk": "a number is copied",
+    "transformers/models/qwen4_exp/modeling_qwen4_exp.py:Qwen4ExpTextQSAIndexer.forward": (
+        "its indexer is a loop over tokens, with a wait for each"
+    ),
+    f"transformers/models/jetmoe/modeling_jetmoe.py:{_JETMOE_ROUTER}": (
+        "its layers take the number of rows of each expert as a list: once a layer"
+    ),
+    f"{_MODEL}expert_lora.py:Groups.of_sizes": "the list of JetMoE is copied to the device",
 }
 """The same for code of transformers, by the folder of the model."""
 
 NOT_CAPTURED: Mapping[str, str] = {
     "gemma3n_text": "its MLP copies a number to the device in each pass",
     "phimoe": "its RoPE reads the largest position in each pass",
+    "dbrx": "its own loop over experts",
+    "jetmoe": "its layers take the number of rows of each expert as a list",
 }
 """Why the passes that decode a family's model are no CUDA graphs, where that shows only in a capture."""
 
@@ -71,10 +81,17 @@ DOUBLES: Mapping[str, str] = {
 }
 """Why a function makes tensors of float64."""
 
+
+def _rows_of_experts(local: Mapping[str, Any]) -> list[int]:
+    """Returns a possible number of rows for each expert of JetMoE: all rows are the first one's."""
+    return [local["top_k_indices"].numel()] + [0] * (local["self"].num_experts - 1)
+
+
 ANSWERS: Mapping[str, Any] = {
     f"{_MODEL}backward_trial.py:gradient_of_embeddings": True,
     f"{_TRAINING}state_checks.py:check_finite": True,
     f"{_SAMPLING}packed_decoder.py:PackedDecoder._run_row": True,
+    f"transformers/models/jetmoe/modeling_jetmoe.py:{_JETMOE_ROUTER}": _rows_of_experts,
 }
 """The values that these functions read from the device; all others read 0."""
 

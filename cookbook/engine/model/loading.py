@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine.model import expert_lora, text_part
+from cookbook.engine.model import expert_lora, fused, text_part
 from cookbook.engine.model import quantization as quantized
 from cookbook.engine.options import Quantization
 from cookbook.utils import pretrained
@@ -37,26 +39,44 @@ def load_model(
         quantized.check_quantized(model, model_name)
         expert_lora.run_quantized(model)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
-    _keep_scales(model)
+    _run_as_in_training(model)
     text_part.move_to(model, device)
     return model.eval().requires_grad_(False)
 
 
-def _keep_scales(model: nn.Module) -> None:
-    """Lets RWKV run with its weights as they are, as in training mode.
+def _run_as_in_training(model: nn.Module) -> None:
+    """Removes what transformers does to the recurrent layers of RWKV and xLSTM in evaluation mode.
 
-    In evaluation mode transformers divides the hidden states by 2 every `rescale_every` layers, and the
-    weights of the layers behind by the same power of 2, against overflow in float16. An adapter's results
-    would not be divided, full fine-tuning would save the divided weights, and those in 4 bits would be
-    rounded twice.
+    RWKV divides the hidden states by 2 every `rescale_every` layers, and the weights of the layers behind by
+    the same power of 2, against overflow in float16. An adapter's results would not be divided, full
+    fine-tuning would save the divided weights, and those in 4 bits would be rounded twice. xLSTM runs texts
+    of more than `max_inference_chunksize` tokens without gradients.
+
+    The states of xLSTM are float32 unless they come from a cache, and transformers multiplies them with 16
+    bits, which torch refuses. So its recurrence runs in float32, and only its results are rounded.
     """
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
+        kind: Any = type(module)
         if hasattr(module, "layers_are_rescaled"):
-            module._rescale_layers = _do_nothing  # type: ignore[assignment]
+            module._rescale_layers = _do_nothing
+        elif kind.__name__ == "xLSTMModel":
+            config = copy.copy(module.config)  # that of the whole model is saved with it
+            config.max_inference_chunksize = sys.maxsize
+            module.config = config
+        elif kind.__name__ == "xLSTMBackend":
+            module.__class__ = fused.class_with(kind, _forward_in_float32)
 
 
 def _do_nothing() -> None:
     pass
+
+
+def _forward_in_float32(self: Any, **inputs: Any) -> tuple[Tensor, Any]:
+    dtype = inputs["value"].dtype
+    as_float32 = {name: each.float() if isinstance(each, Tensor) else each for name, each in inputs.items()}
+    hidden, states = self.plain_forward(**as_float32)
+    return hidden.to(dtype), states
 
 
 @contextlib.contextmanager

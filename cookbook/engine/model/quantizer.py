@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cookbook.engine.model import fp8, stacked_4bit
 from cookbook.engine.model.expert_forms import form_of, num_flat_experts
 from cookbook.engine.model.targets import find_targets, is_plain
+from cookbook.utils import pretrained
 
 _METHOD = "bitsandbytes_4bit_with_experts"
 _FP8 = "float8_with_experts"
@@ -43,7 +44,7 @@ class LayersAndExperts(Bnb4BitHfQuantizer):
         return [*super().get_modules_to_not_convert(model, *others, **options), *_not_quantized(model)]
 
     def _process_model_before_weight_loading(self, model: Any, *others: Any, **options: Any) -> None:
-        _make_plain(model)  # transformers quantises no subclass of nn.Linear
+        _prepare(model)
         super()._process_model_before_weight_loading(model, *others, **options)
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
@@ -108,7 +109,7 @@ class Fp8Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
-        _make_plain(model)
+        _prepare(model)
         skipped = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         skipped += _not_quantized(model)
         for name, module in model.named_modules():
@@ -147,8 +148,12 @@ class _QuantizeInFp8(ConversionOps):
         return results
 
 
-def _make_plain(model: Any) -> None:
-    """Makes layers of subclasses of nn.Linear that compute the same plain linear layers."""
+def _prepare(model: Any) -> None:
+    """Lets transformers find a model's head, which it leaves as it is, and all linear layers.
+
+    It quantises no subclass of nn.Linear, so layers that compute the same become plain ones.
+    """
+    pretrained.find_parts(model)
     for module in model.modules():
         is_of_model = type(module).__module__.startswith("transformers.models.")
         if is_of_model and isinstance(module, nn.Linear) and is_plain(module):

@@ -37,10 +37,14 @@ class _Rotation:
     def __init__(self, theirs: Callable[..., Any]) -> None:
         self._theirs = theirs
 
-    def __call__(self, q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        is_plain = not args and not kwargs and cos.ndim == 3 and cos.dtype == sin.dtype == q.dtype == k.dtype
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Models may rotate queries alone, or lay heads out in another way (Qwen4's indexer).
+        if kwargs or len(args) != 4 or not all(isinstance(each, Tensor) for each in args):
+            return self._theirs(*args, **kwargs)
+        q, k, cos, sin = args
+        is_plain = cos.ndim == 3 and cos.dtype == sin.dtype == q.dtype == k.dtype
         if not (is_plain and q.is_cuda and cos.shape[-1] == q.shape[-1] == k.shape[-1]):
-            return self._theirs(q, k, cos, sin, *args, **kwargs)
+            return self._theirs(*args)
         if kernels.is_used("rotate", q.device):
             return rotated_together(q, k, cos, sin)
         cos_B1TE, sin_B1TE = cos.unsqueeze(1), sin.unsqueeze(1)

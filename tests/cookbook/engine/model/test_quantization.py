@@ -95,6 +95,16 @@ def test_linear_layers_take_half_a_byte_per_weight_and_embeddings_are_unchanged(
         assert end.weight.shape == (model.config.vocab_size, 64)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp8"])
+def test_a_head_inside_the_decoder_is_not_quantised(quantization: Any, tmp_path: Path) -> None:
+    folder = families.save("nemotron_h_omni", tmp_path)
+    base = BaseModel(str(folder), EngineOptions(device="cpu", quantization=quantization))
+    head = base.model.get_output_embeddings()
+    assert type(head) is nn.Linear
+    assert head.weight.dtype == torch.float32
+    assert any(weight.dtype == torch.uint8 for weight in base.model.parameters())
+
+
 @pytest.mark.slow
 def test_a_dequantised_weight_is_freed_after_its_product(folder: str) -> None:
     trainer = make_trainer(folder, NF4)

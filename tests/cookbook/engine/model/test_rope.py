@@ -78,3 +78,14 @@ def test_tensors_of_a_cpu_take_the_function_of_transformers() -> None:
     given = inputs(torch.bfloat16)
     for found, expected in zip(rope._Rotation(THEIRS)(*given), THEIRS(*given), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_queries_alone_and_heads_laid_out_in_another_way_take_the_function_of_transformers() -> None:
+    """Qwen4's attention rotates queries and keys as most do, and its indexer each with a call of its own."""
+    from transformers.models.qwen4_exp.modeling_qwen4_exp import apply_rotary_pos_emb
+
+    theirs = getattr(apply_rotary_pos_emb, "_theirs", apply_rotary_pos_emb)
+    q, _, cos, sin = inputs(torch.float32)
+    q = q.transpose(1, 2)
+    expected = theirs(q, cos=cos, sin=sin, unsqueeze_dim=2)
+    assert torch.equal(rope._Rotation(theirs)(q, cos=cos, sin=sin, unsqueeze_dim=2), expected)

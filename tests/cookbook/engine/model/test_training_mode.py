@@ -16,12 +16,12 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 SAME = "the same values by a fused kernel, in other chunks, or without a cache"
 NOISE = "noise on the inputs of routers, like dropout"
 OTHERS = {
-    SAME: "bamba cohere_compass falcon_h1 falcon_mamba granitemoehybrid mamba mamba2 nemotron_h xlstm zamba2",
+    SAME: "bamba cohere_compass falcon_h1 falcon_mamba granitemoehybrid mamba mamba2 nemotron_h zamba2",
     NOISE: "dbrx minimax minimax_m2 mixtral phimoe",
     "coefficients are clipped to +-120, far from any that is published": "gemma3n",
     "an argument is required that marks pictures": "molmo2",
     "a random choice for sound": "phi4_multimodal",
-    "weights are divided in evaluation mode, which `loading` undoes": "rwkv",
+    "divided weights, or no gradients of long texts, which `loading` undoes": "rwkv xlstm",
 }
 """What training mode changes but dropout, and the modules of transformers in which it does."""
 _DROPOUT = re.compile(r"dropout|drop_p|layerdrop|gradient_checkpointing|\bp=|training=self\.training")
