@@ -134,7 +134,7 @@ families: setup
 
 # the CUDA branches of every family, on the fake device
 rehearsal: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cuda_rehearsal --timeout 900 --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cuda_rehearsal --timeout 1800 --numprocesses 2 --dist loadgroup
 
 # the kernels in Triton's interpreter, and compiled for GPUs that are not there. Triton is not in the environment itself:
 # torch would import it in each process

@@ -6,8 +6,10 @@ products of mixed dtypes, copies and conditions that make the host wait, and flo
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +127,32 @@ GATED = ("gemma2", "glm4", "phi3", "qwen3_moe")
 """Families with GELU, with gate and up of one linear layer, and with experts."""
 
 
+_NAMES = [*families.FAMILIES]
+TOGETHER = [_NAMES[first : first + 6] for first in range(0, len(_NAMES), 6)]
+"""The families that are rehearsed in one go, because what they import takes as long as one of them."""
+
+
+@pytest.fixture(scope="module")
+def rehearse_together(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """Returns what is found in the families of `TOGETHER`, given their number there."""
+    return functools.cache(
+        lambda number: rehearse(programs, tmp_path_factory.mktemp("families"), *TOGETHER[number])
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(
+    ("number", "family"),
+    [
+        pytest.param(number, family, id=family, marks=pytest.mark.xdist_group(f"rehearsal-{number}"))
+        for number, together in enumerate(TOGETHER)
+        for family in together
+    ],
+)
 def test_every_family_runs_on_a_cuda_device_and_waits_only_where_there_is_a_reason(
-    programs: Programs, tmp_path: Path, family: str
+    rehearse_together: Callable[[int], Found], number: int, family: str
 ) -> None:
-    activities = of(rehearse(programs, tmp_path, family), family)
+    activities = of(rehearse_together(number), family)
     assert_refused_nothing(activities)
     assert_waits_are_known(activities)
     if family in GATED:

@@ -122,6 +122,7 @@ def _why_not(model: Any, dtype: torch.dtype, share_of_memory: float) -> str | No
     layers = _linear_layers(model)
     known = {id(layer.weight) for layer in layers}
     known |= {id(module.weight) for module in model.modules() if type(module) is nn.Embedding}
+    known |= {id(module.weight) for module in model.modules() if _is_depthwise(module)}
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and id(weight) not in known:
             return f"{name} is not the weight of a linear layer"
@@ -131,6 +132,11 @@ def _why_not(model: Any, dtype: torch.dtype, share_of_memory: float) -> str | No
     if size > allowed:
         return f"a copy takes {in_gib(size)}, and {in_gib(allowed)} are allowed for it"
     return None
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Returns whether a module is a convolution in which no channel reads another's, so it has no product."""
+    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
 
 
 @torch.no_grad()

@@ -176,6 +176,8 @@ class SplitRow:
 
     def split(self, value: Any) -> list[Any]:
         """Returns the part of an argument for each batch: tensors [1, N, ...] become [R, L, ...]."""
+        if self.is_single_tokens:
+            return [self.single_tokens(value)]
         if isinstance(value, tuple | list):
             parts = [self.split(each) for each in value]
             return [type(value)(each[batch] for each in parts) for batch in range(len(self.shapes))]
@@ -184,8 +186,6 @@ class SplitRow:
             return [dict(zip(value, each, strict=True)) for each in values]
         if not self.is_of_row(value):
             return [value] * len(self.shapes)
-        if self.is_single_tokens:
-            return [value.transpose(0, 1)]
         sizes = [num_rows * length for num_rows, length in self.shapes]
         of_row, places = value[0], self.place_N
         if self.places_Q is not None and self.rows_Q is not None:
@@ -193,6 +193,14 @@ class SplitRow:
         padded_P = value.new_zeros(sum(sizes), *value.shape[2:]).index_copy(0, places, of_row)
         parts = padded_P.split(sizes)
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def single_tokens(self, value: Any) -> Any:
+        """Returns an argument for a batch of single tokens: tensors [1, N, ...] become [N, 1, ...]."""
+        if isinstance(value, tuple | list):
+            return type(value)(map(self.single_tokens, value))
+        if isinstance(value, dict):
+            return {name: self.single_tokens(each) for name, each in value.items()}
+        return value.transpose(0, 1) if self.is_of_row(value) else value
 
     def join(self, parts: Sequence[Any]) -> Any:
         """Returns the result for the whole row: tensors [R, L, ...] of the batches become one [1, N, ...].
@@ -316,6 +324,22 @@ class RecurrentLayers:
         projections, tree_functions = SharedProjections(mixer), TreeFunctions(mixer)
         self._has_other_functions |= not tree_functions.are_known
 
+        takes_states = bool(cache_name and mask_name)
+        num_before_states = min(
+            (place for place, name in enumerate(signature.parameters) if name in (cache_name, mask_name)),
+            default=0,
+        )
+
+        def step(row: SplitRow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            """Runs the one token of each sequence, without what splitting a row into batches takes."""
+            assert row.states is not None
+            of_cache = {cache_name: row.states[0], mask_name: None}
+            sampling_functions.continue_from(row.states[0].get_recurrent_state(layer_idx))
+            is_on_cpu = row.place_N.device.type == "cpu"
+            with sampling_functions.in_use() if is_on_cpu else contextlib.nullcontext():
+                out = forward(*row.single_tokens(args), **row.single_tokens(kwargs) | of_cache)
+            return row.join([out])
+
         # The batches differ for every row, so a compiled layer would be recompiled for each row.
         @torch.compiler.disable
         def split_forward(*args: Any, **kwargs: Any) -> Any:
@@ -329,6 +353,8 @@ class RecurrentLayers:
                     return forward(*args, **kwargs)
             if (row := self._row) is None:
                 return forward(*args, **kwargs)
+            if row.is_single_tokens and takes_states and len(args) <= num_before_states:
+                return step(row, args, kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             arguments |= arguments.pop(further_name, {})
             if row.states is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import families
 import pytest
 import torch
 from sampled import make_request, moved, plain_logprobs, prepared_with
@@ -19,9 +20,11 @@ from cookbook.engine.sampling.sampler import Sampler
 PROMPTS = [[5, 17, 200], [9], [*range(30, 65)], [8, 8, 8, 8], [77, 3, 1], [4], [*range(70, 82)]]
 
 
-@pytest.fixture(scope="module")
-def base(tiny_qwen3: str) -> BaseModel:
-    base = BaseModel(tiny_qwen3, EngineOptions(pack_weights=True))
+@pytest.fixture(scope="module", params=["qwen3", "lfm2", "qwen3_5", "falcon_h1"])
+def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> BaseModel:
+    """Dense, and with short convolutions, a delta rule and Mamba."""
+    folder = families.save(request.param, tmp_path_factory.mktemp("packed") / request.param)
+    base = BaseModel(str(folder), EngineOptions(device="cpu", pack_weights=True))
     make_decoder(base)
     assert base.packed_weights is not None
     return base
@@ -93,9 +96,9 @@ def test_models_that_cannot_be_packed_are_sampled_with_padding(
     tiny_qwen3: str, make_model_folder: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level("INFO")
-    lfm2 = str(make_model_folder(tmp_path / "lfm2", "lfm2", layer_types=["conv", "full_attention"]))
+    mixtral = str(make_model_folder(tmp_path / "mixtral", "mixtral"))
     for folder, options, reason in (
-        (lfm2, EngineOptions(pack_weights=True), "conv.conv.weight is not the weight of a linear layer"),
+        (mixtral, EngineOptions(pack_weights=True), "gate_up_proj is not the weight of a linear layer"),
         (tiny_qwen3, EngineOptions(dtype="bfloat16", pack_weights=True), "they are bfloat16"),
     ):
         base = BaseModel(folder, options)
