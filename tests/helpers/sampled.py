@@ -122,13 +122,13 @@ def related_prompts(
     return prompts
 
 
-def assert_same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
     assert [each.tokens for each in found.sequences] == [each.tokens for each in expected.sequences]
     assert [each.stop_reason for each in found.sequences] == [each.stop_reason for each in expected.sequences]
     for each, other in zip(found.sequences, expected.sequences, strict=True):
-        assert each.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert each.logprobs == pytest.approx(other.logprobs, abs=tolerance)
     if expected.prompt_logprobs is not None:
-        assert found.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-4)
+        assert found.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=tolerance)
 
 
 def outcome(request: Request) -> Any:

@@ -1,7 +1,8 @@
 """Linear layers in oneDNN's own layout, for sampling on a CPU.
 
-A product of this layout has the same bits for a row whatever the number of rows, so that a sample does not
-depend on what shares its batch, and a single row needs no padding. It takes a second copy of the weights.
+A product of this layout has the same bits for a row whatever the number of rows, on some CPUs and with some
+sizes from two rows on. So a sample does not depend on what shares its batch, and a single row needs little
+padding or none. It takes a second copy of the weights.
 
 Shape suffixes: N tokens, I inputs, O outputs, R rank.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model import text_part
 from cookbook.engine.model.memory import in_gib, total_memory
 
 logger = logging.getLogger(__name__)
@@ -23,44 +25,54 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_MEMORY = 1 / 8
 """The largest copy, as a share of the machine's memory. It does not depend on what is free, so that the same
 program computes the same bits on the same machine."""
-_ROWS_TRIED = (1, 2, 3, 4, 6, 8, 12, 20, 28, 44, 64)
+_MULTIPLES = (1, 2, 4, 8)
+_ROWS_TRIED = (1, 2, 3, 4, 6, 8, 12, 20, 28, 44, 64, 180)
 """Libraries choose kernels by the number of rows."""
+_OUTPUTS_TRIED = 4096
+"""More would take seconds for the projection to a large vocabulary."""
+_VECTOR = 32
+"""How many floats a CPU may process at once, the rest of a tensor by another formula of exp."""
 
 
 class PackedLinear:
     """The product with one weight. It stands in the place of a layer's `forward` while it is used."""
 
-    def __init__(self, layer: nn.Linear, row_multiple: int) -> None:
-        """`row_multiple` is that of products with weights in the usual layout, which adapters have."""
+    def __init__(self, layer: nn.Linear) -> None:
         self._of = _identity(layer.weight)
         self._packed_OI = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
         self._bias_O = layer.bias
-        self._row_multiple = row_multiple
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        out_NO: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x_NI, self._packed_OI, self._bias_O, "none", [], ""
-        )
-        return out_NO
+        return _product(x_NI, self._packed_OI, self._bias_O)
 
     def is_of(self, layer: nn.Linear) -> bool:
         """Returns whether the layer has the weight that was packed, unchanged."""
         return _identity(layer.weight) == self._of
 
     def add_lora(self, out_NO: Tensor, x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-        """Adds an adapter's product to a result, in place, and returns it."""
-        padding = -len(x_NI) % self._row_multiple
-        padded_NI = nn.functional.pad(x_NI, (0, 0, 0, padding)) if padding else x_NI
-        added_NO = padded_NI @ a_RI.T @ b_OR.T
+        """Adds an adapter's product to a result, in place, and returns it.
+
+        Its weights change, so they are not packed. A row alone would be rounded differently.
+        """
+        padded_NI = x_NI if len(x_NI) > 1 else x_NI.expand(2, -1)
+        added_NO = _product(_product(padded_NI, a_RI), b_OR)
         return out_NO.add_(added_NO[: len(out_NO)], alpha=scaling)
+
+
+def _product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Returns oneDNN's product with a weight, which may be packed."""
+    out_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
+    return out_NO
 
 
 class PackedWeights:
     """All linear layers of a model, packed."""
 
     def __init__(self, model: Any, row_multiple: int) -> None:
+        """`row_multiple`: products of so many rows have the same bits for a row."""
         self._model = model
-        self._packed = {layer: PackedLinear(layer, row_multiple) for layer in _linear_layers(model)}
+        self.row_multiple = row_multiple
+        self._packed = {layer: PackedLinear(layer) for layer in _linear_layers(model)}
 
     def are_current(self) -> bool:
         """Returns whether the model has the weights that were packed, and no adapter but LoRAs on them."""
@@ -97,19 +109,24 @@ def _identity(weight: Tensor) -> tuple[int, int]:
 
 
 def _linear_layers(model: Any) -> list[nn.Linear]:
-    return [module for module in model.modules() if type(module) is nn.Linear]
+    """Returns those that text runs through."""
+    return [module for module in _modules(model) if type(module) is nn.Linear]
 
 
-def pack(
-    model: Any, dtype: torch.dtype, row_multiple: int, share_of_memory: float = _SHARE_OF_MEMORY
-) -> PackedWeights | None:
+def _modules(model: Any) -> list[nn.Module]:
+    of_towers = {module for tower in text_part.towers(model).values() for module in tower.modules()}
+    return [module for module in model.modules() if module not in of_towers]
+
+
+def pack(model: Any, dtype: torch.dtype, share_of_memory: float = _SHARE_OF_MEMORY) -> PackedWeights | None:
     """Returns the packed weights of a model on a CPU, or None where they would not help or not fit."""
     reason = _why_not(model, dtype, share_of_memory)
     if reason is None:
         try:
-            reason = _why_unequal(model)
-            if reason is None:
-                return PackedWeights(model, row_multiple)
+            for multiple in _MULTIPLES:
+                reason = _why_unequal(model, multiple)
+                if reason is None:
+                    return PackedWeights(model, multiple)
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # private functions of torch
             reason = f"{type(error).__name__}: {error}"
     logger.info("Weights are not packed for sampling: %s.", reason)
@@ -121,8 +138,12 @@ def _why_not(model: Any, dtype: torch.dtype, share_of_memory: float) -> str | No
         return f"they are {str(dtype).removeprefix('torch.')}, and float32 is packed"
     layers = _linear_layers(model)
     known = {id(layer.weight) for layer in layers}
-    known |= {id(module.weight) for module in model.modules() if type(module) is nn.Embedding}
-    known |= {id(module.weight) for module in model.modules() if _is_depthwise(module)}
+    known |= {
+        id(module.weight)
+        for module in _modules(model)
+        if isinstance(module, nn.Embedding | nn.Conv1d) and _has_no_product(module)
+    }
+    known |= {id(weight) for weight in text_part.frozen_parameters(model)}
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and id(weight) not in known:
             return f"{name} is not the weight of a linear layer"
@@ -134,20 +155,28 @@ def _why_not(model: Any, dtype: torch.dtype, share_of_memory: float) -> str | No
     return None
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    """Returns whether a module is a convolution in which no channel reads another's, so it has no product."""
-    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels
+def _has_no_product(module: nn.Embedding | nn.Conv1d) -> bool:
+    """Returns whether a weight is read row by row, or belongs to channels that do not read each other."""
+    if isinstance(module, nn.Conv1d):
+        return module.groups == module.in_channels == module.out_channels
+    return type(module) is nn.Embedding
 
 
 @torch.no_grad()
-def _why_unequal(model: Any) -> str | None:
-    """Returns why the bits of a row would depend on the number of rows on this CPU, or None."""
+def _why_unequal(model: Any, multiple: int) -> str | None:
+    """Returns why the bits of a row would depend on the number of rows on this CPU, or None.
+
+    The numbers of rows are multiples of the given number.
+    """
     generator = torch.Generator().manual_seed(0)
     for layer in {layer.weight.shape: layer for layer in _linear_layers(model)}.values():
+        if multiple * layer.out_features % _VECTOR and layer is not model.get_output_embeddings():
+            return f"{multiple} rows of {layer.out_features} outputs are no multiple of {_VECTOR} numbers"
+        weight_OI = layer.weight[:_OUTPUTS_TRIED]
         rows_NI = torch.randn(_ROWS_TRIED[-1], layer.in_features, generator=generator)
-        packed = PackedLinear(layer, 1)
-        expected_NO = packed(rows_NI)
-        for num_rows in _ROWS_TRIED:
-            if not torch.equal(packed(rows_NI[:num_rows]), expected_NO[:num_rows]):
+        packed_OI = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
+        expected_NO = _product(rows_NI, packed_OI)
+        for num_rows in (number for number in _ROWS_TRIED if number % multiple == 0):
+            if not torch.equal(_product(rows_NI[:num_rows], packed_OI), expected_NO[:num_rows]):
                 return f"products of {num_rows} rows with {[*layer.weight.shape]} round differently"
     return None

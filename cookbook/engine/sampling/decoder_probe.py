@@ -50,7 +50,7 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
     *candidates, last = decoders if base.packs_all_lengths else decoders[1:]
     base.row_multiple = _row_multiple(base)
     if base.options.pack_weights and base.device.type == "cpu" and not base.options.compile:
-        base.packed_weights = packed_weights.pack(base.model, base.dtype, base.row_multiple)
+        base.packed_weights = packed_weights.pack(base.model, base.dtype)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(base.vocab_size, (length,), generator=generator).numpy() for length in (6, 7, 8)]
     texts[2][:6] = texts[1][:6]

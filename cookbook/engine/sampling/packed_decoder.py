@@ -38,7 +38,8 @@ class PackedDecoder(Decoder):
         self._using_weights: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._row_multiple = base.row_multiple
         if base.packed_weights is not None and base.packed_weights.are_current():
-            self._using_weights, self._row_multiple = base.packed_weights.in_use, 1
+            self._using_weights = base.packed_weights.in_use
+            self._row_multiple = base.packed_weights.row_multiple
         self._graphs = decode_graphs.graphs_of(base)
         self.min_shared = base.min_shared_tokens if base.reuses_prompts else None
         """The shortest beginning that is reused, or None if none is."""

@@ -63,6 +63,10 @@ def alone(base: BaseModel, adapter: Any, prompts: list[list[int]], **params: Any
         base.reuses_prompts = before
 
 
+ROUNDING = 5e-4
+"""Log-probabilities of tiny models with a delta rule differ by up to 3e-4 where products round differently."""
+
+
 @pytest.mark.cases(1)
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_states_are_continued_and_that_changes_nothing(name: str, tmp_path: Path) -> None:
@@ -77,14 +81,14 @@ def test_states_are_continued_and_that_changes_nothing(name: str, tmp_path: Path
         found = [response for together in asked for response in ask(sampler, together, **params)]
         expected = alone(base, adapter, prompts, **params)
         for prompt, response, other in zip(prompts, found, expected, strict=True):
-            assert_same(response, other)
+            assert_same(response, other, ROUNDING)
             assert other.prompt_cache_hit_tokens == 0
             assert 0 <= response.prompt_cache_hit_tokens <= len(prompt)
             total += response.prompt_cache_hit_tokens
             whole = prompt + response.sequences[0].tokens
             plain = plain_logprobs(base, adapter, whole)
             logprobs = [plain[t - 1, whole[t]].item() for t in range(len(prompt), len(whole))]
-            assert response.sequences[0].logprobs == pytest.approx(logprobs, abs=2e-4)
+            assert response.sequences[0].logprobs == pytest.approx(logprobs, abs=ROUNDING)
         replies = [prompt + each.sequences[0].tokens for prompt, each in zip(prompts, found, strict=True)]
         prompts = [[*reply, 9, 11, rng.randrange(3, 100)] for reply in replies[:3]]
         prompts += [[*prompt[:-2], 8] for prompt in prompts] + [replies[3][:-3]]
