@@ -64,7 +64,7 @@ def alone(base: BaseModel, adapter: Any, prompts: list[list[int]], **params: Any
 
 
 ROUNDING = 5e-4
-"""Log-probabilities of tiny models with a delta rule differ by up to 3e-4 where products round differently."""
+"""Log-probabilities of tiny models with a delta rule differ by 3e-4 where products round differently."""
 
 
 @pytest.mark.cases(1)
