@@ -88,7 +88,7 @@ class ChatTemplateRenderer(Renderer):
         self._part_of_control = any_of(sorted(set().union(*map(_marks_of, controls))))
         self.takes_tools = self._template.prints_tools()
         self._thinks = self._replies.known_tags
-        prompt = self._template.text([self._template.adapted(USER)], prompt=True)
+        prompt = self._template.trial([self._template.adapted(USER)], prompt=True)
         self._thinks_in_prompt = bool(self._thinks and prompt.rstrip("\n").endswith(self._thinks[0]))
         self._begun = self._replies.before_content
         self._parses_calls, self._calls = self._prints_calls_as_hermes(), None
@@ -109,7 +109,7 @@ class ChatTemplateRenderer(Renderer):
 
     def _find_ends(self) -> None:
         """Finds the tokens that end turns, by trying the template. Then its control tokens are known."""
-        text, eos = self._template.text, self.tokenizer.eos_token
+        text, eos = self._template.trial, self.tokenizer.eos_token
         user, reply = self._template.adapted(USER), self._template.adapted(REPLY)
         prompt = text([user], prompt=True)
         behind_last = text([user, reply]).partition(SENTINEL)[2]
@@ -141,7 +141,7 @@ class ChatTemplateRenderer(Renderer):
         ]
         message: Message = {"role": "assistant", "content": "x", "tool_calls": calls}
         with suppress(RendererError):
-            said = self._replies.turn(Chat(self._template, [USER, dict(message)], None), 1).said
+            said = self._replies.trial_turn(dict(message)).said
             return self._parse(said.removesuffix(self._plain.written), True) == (message, True)
         return False
 
@@ -149,9 +149,9 @@ class ChatTemplateRenderer(Renderer):
         """Returns what the template prints for a reply, without thought and end; None if it raises."""
         message: Any = {"role": "assistant", "content": text, "tool_calls": calls}
         with suppress(RendererError):
-            messages: list[Any] = [USER, message]
+            messages: list[Any] = [*self._template.opening, USER, message]
             prepared = self._prepare(messages, None)
-            said = self._replies.turn(Chat(self._template, prepared.messages, None), 1).said
+            said = self._replies.trial_turn(prepared.messages[-1]).said
             stop = next((stop for stop in self._stops if said.endswith(stop)), "")
             said = said.removesuffix(stop).removesuffix(self._before_stop)
             return str(self._parse(said, False)[0]["content"])

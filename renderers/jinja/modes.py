@@ -76,7 +76,7 @@ def _printed(template: Template) -> tuple[str | None, ...]:
     printed: list[str | None] = []
     for messages, prompt in _PROBES:
         try:
-            printed.append(template.text([template.adapted(one) for one in messages], prompt=prompt))
+            printed.append(template.trial([template.adapted(one) for one in messages], prompt=prompt))
         except RendererError:
             printed.append(None)
     return tuple(printed)

@@ -94,7 +94,7 @@ class Replies:
         `<thought>`), and must not know `</think>`. Else they are those of `known_tags`.
         """
         source = self._template.source
-        prompt = self._template.text([self._template.adapted(USER)], prompt=True)
+        prompt = self._template.trial([self._template.adapted(USER)], prompt=True)
         last = re.search(rf"(?P<first>{_MARK})\s*\Z", prompt)
         opening = last["first"] if last else ""
         closing = f"{opening[:1]}/{opening[1:]}"
@@ -115,7 +115,7 @@ class Replies:
         found = []
         for mode in (self._template, *self.modes):
             with suppress(RendererError):
-                if mode.text([mode.adapted(USER)], prompt=True).rstrip().endswith(opening):
+                if mode.trial([mode.adapted(USER)], prompt=True).rstrip().endswith(opening):
                     found.append(mode)
         return found
 
@@ -150,7 +150,7 @@ class Replies:
         message = {"role": "assistant", "content": content, "reasoning_content": _THOUGHT, **further}
         for mode in (self._template, *self.modes):
             with suppress(RendererError):
-                text = mode.text([mode.adapted(USER), mode.adapted(message)])
+                text = mode.trial([mode.adapted(USER), mode.adapted(message)])
                 before, thought, behind = text.partition(_THOUGHT)
                 between, said, _ = behind.partition(content)
                 if thought and said:
@@ -173,7 +173,7 @@ class Replies:
         for mode in (self._template, *self.modes):
             for message in (reply, {**reply, "tool_calls": CALL["tool_calls"]}):  # Kimi K2 Thinking
                 with suppress(RendererError):
-                    if _THOUGHT in mode.text([user, mode.adapted(message)]):
+                    if _THOUGHT in mode.trial([user, mode.adapted(message)]):
                         return None
         return self._tags
 
@@ -442,7 +442,7 @@ class Replies:
     @cached_property
     def _thought_beside_calls(self) -> tuple[str, str]:
         """What the template prints around the thinking of a reply with calls; empty if it prints none."""
-        prompt = self._template.text([self._template.adapted(USER)], prompt=True)
+        prompt = self._template.trial([self._template.adapted(USER)], prompt=True)
         found = next(self._around_thought({"tool_calls": CALL["tool_calls"]}), None)
         if found is None or not found[1].startswith(prompt):
             return "", ""
@@ -475,6 +475,11 @@ class Replies:
         """What the template prints between the thinking and the text of a reply; empty if it prints none."""
         return next((between for _, _, between in self._around_thought()), "")
 
+    def trial_turn(self, message: PlainMessage) -> ReplyTurn:
+        """Returns the reply as the only one of a conversation."""
+        messages = [*self._template.opening, USER, message]
+        return self.turn(Chat(self._template, messages, None), len(messages) - 1)
+
     @cached_property
     def before_content(self) -> str:
         """What the model must write in front of the text of a reply without thinking, behind any thought.
@@ -483,7 +488,7 @@ class Replies:
         end with (`Assistant:`).
         """
         with suppress(RendererError):
-            turn = self.turn(Chat(self._template, [USER, REPLY], None), 1)
+            turn = self.trial_turn(REPLY)
             before = turn.said.partition(SENTINEL)[0]
             thought, closing, behind = before.rpartition(self.known_tags[1] if self.known_tags else SENTINEL)
             is_thought = closing and (thought.strip() or self._opens_thought(turn.prompt))
@@ -590,7 +595,7 @@ def _no_prompt(index: int) -> RendererError:
 def _header_of(template: Template) -> str:
     """Returns what the prompt for a reply adds to a user's message."""
     user = template.adapted(USER)
-    prompt, said = template.text([user], prompt=True), template.text([user])
+    prompt, said = template.trial([user], prompt=True), template.trial([user])
     return prompt.removeprefix(said) if prompt.startswith(said) else ""
 
 

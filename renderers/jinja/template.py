@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER: PlainMessage = {"role": "user", "content": "x"}
+_SYSTEM: PlainMessage = {"role": "system", "content": "x"}
 _OTHER_THINKING_KEY = re.compile(r"(?:\.|\[['\"]|get\(['\"])(\w*(?:thought|think|reason)\w*)")
 """A key of a message that may hold its thinking, where a template reads it."""
 
@@ -164,9 +165,26 @@ class Template:
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
             raise _refusal(messages, error) from error
 
+    @cached_property
+    def opening(self) -> list[PlainMessage]:
+        """What trials begin with: a system message if the template refuses a conversation without one."""
+        for opening, content in product(([], [_SYSTEM]), ("x", _text_parts("x"))):
+            with suppress(RendererError):
+                self.text([{**message, "content": content} for message in (*opening, _USER)], prompt=True)
+                return [*opening]
+        return []
+
+    def trial(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
+    ) -> str:
+        """Returns what the template prints for messages of a trial, behind its `opening`."""
+        is_opened = bool(messages) and messages[0]["role"] in ("system", "developer")
+        opening = [] if is_opened else map(self.adapted, self.opening)
+        return self.text([*opening, *messages], tools, prompt)
+
     def _tried(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None) -> str:
-        """Returns what the template prints for messages that are not yet in its form."""
-        return self.text([self.adapted(message) for message in messages], tools)
+        """Returns what the template prints for messages of a trial that are not yet in its form."""
+        return self.trial([self.adapted(message) for message in messages], tools)
 
     def all_text(self) -> str:
         """Returns the template's source and what it prints for each role, which contain all of its tokens."""
@@ -228,7 +246,7 @@ class Template:
     @cached_property
     def needs_system_for_tools(self) -> bool:
         """Whether the template prints descriptions of tools only if there is a system message."""
-        return not self._prints_tools(_USER) and self._prints_tools({"role": "system", "content": "x"}, _USER)
+        return not self._prints_tools(_USER) and self._prints_tools(_SYSTEM, _USER)
 
     def _prints_tools(self, *messages: PlainMessage) -> bool:
         some = {"k": {"type": "string", "description": "x"}}
@@ -253,7 +271,7 @@ class Template:
                 call if by_id else {**call, "tool_calls": [{**call["tool_calls"][0], "id": "call00001"}]}
             )
             with suppress(RendererError):
-                text = self.text([self.adapted(_USER), _in_form(message, form)])
+                text = self.trial([self.adapted(_USER), _in_form(message, form)])
                 if all(sentinel in text for sentinel in sentinels.values()):
                     return form
         return None
@@ -266,7 +284,7 @@ class Template:
         function = {"name": "f", "arguments": to_json({SENTINEL: 0})}
         call["tool_calls"] = [{**call["tool_calls"][0], "function": function}]
         with suppress(RendererError):
-            return SENTINEL in self.text([self.adapted(_USER), call])
+            return SENTINEL in self.trial([self.adapted(_USER), call])
         return False
 
     @property
@@ -278,7 +296,7 @@ class Template:
     def refusal_of_calls(self) -> str:
         """What the template raises for a call, if it refuses each form of one; empty if it prints nothing."""
         try:
-            self.text([self.adapted(_USER), _in_form(CALL, _CallForm(as_json=True, with_content=True))])
+            self.trial([self.adapted(_USER), _in_form(CALL, _CallForm(as_json=True, with_content=True))])
         except RendererError as error:
             return str(error.__cause__)
         return ""
@@ -291,7 +309,7 @@ class Template:
     def _needs_content(self) -> bool:
         thought = {"role": "assistant", "reasoning_content": "x", "thinking": "x"}
         try:
-            self.text([self.adapted(_USER), thought])
+            self.trial([self.adapted(_USER), thought])
         except RendererError:
             return True
         return False
@@ -333,7 +351,7 @@ class Template:
     def _prints_sentinel(self, messages: Sequence[PlainMessage]) -> bool:
         """Returns whether the template prints the sentinel in the messages, and not as it spells a list."""
         with suppress(RendererError):
-            text = self.text(messages)
+            text = self.trial(messages)
             return SENTINEL in text and not _SPELLED_PART.search(text)
         return False
 

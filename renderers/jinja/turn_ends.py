@@ -82,11 +82,11 @@ def call_endings(template: Template, encoder: Encoder, eos: str | None) -> list[
         with suppress(RendererError):
             message, _ = stand_in_for(reply)
             begun = [template.adapted(USER), template.adapted(message)]
-            last = _behind(template.text(begun))
+            last = _behind(template.trial(begun))
             earlier: list[str] = []
             for following in (_RESULT, USER):
                 with suppress(RendererError):
-                    earlier.append(_behind(template.text([*begun, template.adapted(following)])))
+                    earlier.append(_behind(template.trial([*begun, template.adapted(following)])))
             ending = _call_ending(last, earlier, encoder, eos, inside)
             if ending is not None and ending not in endings:
                 endings.append(ending)
@@ -130,8 +130,8 @@ def _controls_between_calls(template: Template, encoder: Encoder) -> set[str]:
     two, _ = stand_in_for({**CALL, "tool_calls": [*CALL["tool_calls"], *CALL["tool_calls"]]})
     user = template.adapted(USER)
     with suppress(RendererError):
-        header = template.text([user], prompt=True).removeprefix(template.text([user]))
-        text = template.text([user, template.adapted(two)])
+        header = template.trial([user], prompt=True).removeprefix(template.trial([user]))
+        text = template.trial([user, template.adapted(two)])
         places = [match.start() for match in _SENTINEL.finditer(text)]
         between = text[places[0] : places[-1]] if len(places) > 1 else ""
         return {*encoder.control.findall(between)} if not header or header not in between else set()

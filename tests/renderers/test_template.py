@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from outside_world import day_of_transformers
 
 from cookbook.errors import RendererError
+from renderers import get_renderer
 from renderers.jinja.chat import Chat
 from renderers.jinja.template import Template
 
@@ -285,3 +286,27 @@ def test_the_callers_messages_are_not_changed(small_tokenizer):
     Chat(template, [message], None).text(1)
     assert message == {"role": "assistant", "tool_calls": [CALL], "thinking": "x"}
     assert CALL["function"]["arguments"] == {"x": "天"}
+
+
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_needs_a_system_message_is_served_with_one_and_refuses_a_row_without(
+    small_tokenizer: Any,
+) -> None:
+    tokenizer = small_tokenizer(NEEDS_SYSTEM, ("<|im_start|>", "<|im_end|>"))
+    renderer = get_renderer("chat_template", tokenizer)
+    chat: list[Any] = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    system = {"role": "system", "content": "Be brief."}
+    tokens, weights = renderer.build_supervised_example([system, *chat])
+    assert tokenizer.decode(tokens.to_ints()) == tokenizer.apply_chat_template(
+        [system, *chat], tokenize=False
+    )
+    trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
+    assert tokenizer.decode(trained) == "4<|im_end|>"
+    with pytest.raises(RendererError, match="refuses messages of roles user, assistant: no system message"):
+        renderer.build_supervised_example(chat)

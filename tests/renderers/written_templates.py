@@ -3,7 +3,7 @@
 They are written after published ones, or for one oddity (`templates/`, with the tokens of each), so that
 these kinds are tried where the published files are not at hand. The truth is what transformers prints, as for
 docs/templates.md. `templates/cells.txt` has a line for each template and kind of cell, with the conversations
-that have it.
+that have it. A template that refuses a conversation without a system message gets one.
 
     PYTHONPATH=tests/helpers python tests/renderers/written_templates.py    writes cells.txt again
 """
@@ -66,6 +66,12 @@ def tokenizer_of(name: str, source: str) -> Any:
     return made
 
 
+def behind(opening: list[dict[str, Any]], case: parity.Case) -> parity.Case:
+    """Returns the conversation behind a system message if the template needs one and it has none."""
+    has_opening = case.messages[0]["role"] == "system"
+    return case if has_opening else parity.Case([*opening, *case.messages], case.tools)
+
+
 def lines_of(name: str) -> list[str]:
     """Returns the kinds of cells of a template, each with its conversations."""
     source = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
@@ -79,7 +85,9 @@ def lines_of(name: str) -> list[str]:
         for chosen in islice(settings, _MOST_SETTINGS)
     ]
     kinds: dict[str, list[str]] = {}
-    for conversation, cases in CONVERSATIONS.items():
+    opening = Template(tokenizer).opening
+    for conversation, without_opening in CONVERSATIONS.items():
+        cases = [behind(opening, case) for case in without_opening]
         reasons: dict[str, int] = {}
         kind = templates_page._cell(renderer, truth, cases, reasons)
         if reasons:
