@@ -1,13 +1,15 @@
 """Measures training and sampling of models with recurrent layers, compared with plain transformers.
 
     python -m benchmarks.hybrids [--families qwen3_5 bamba] [--rounds 3] [--only sampling] [--wide]
+    python -m benchmarks.hybrids --only lone --wide
 
 The models are random: 4 layers and hidden size 128, or with `--wide` 1,024 and heads and states of published
 sizes. Training is a forward and backward pass over 16 sequences of 32 to 256 tokens, with the gradients of
 all weights; the peer gets one batch padded on the right. Sampling continues 16 such prompts by 32 tokens
-each; the peer is `generate` on one batch padded on the left. The sides run in turns in one process without
-kernels, and the table has the median of the rounds. "error" is the largest relative difference of a weight's
-gradient from one sequence at a time.
+each; the peer is `generate` on one batch padded on the left. `--only lone` continues the first prompt alone,
+as in chat, with packed weights and without them. The sides run in turns in one process without kernels, and
+the table has the median of the rounds. "error" is the largest relative difference of a weight's gradient from
+one sequence at a time.
 """
 
 from __future__ import annotations
@@ -178,8 +180,9 @@ def make_sequences() -> list[TokenSequence]:
 
 
 class Cookbook:
-    def __init__(self, folder: Path) -> None:
-        self.base = BaseModel(str(folder), EngineOptions(device="cpu", dtype="float32"))
+    def __init__(self, folder: Path, pack_weights: bool = False) -> None:
+        options = EngineOptions(device="cpu", dtype="float32", pack_weights=pack_weights)
+        self.base = BaseModel(str(folder), options)
         self.base.model.requires_grad_(True)
 
     def train(self, sequences: list[TokenSequence]) -> None:
@@ -252,14 +255,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["training", "sampling"])
+    parser.add_argument("--only", choices=["training", "sampling", "lone"])
     parser.add_argument("--wide", action="store_true")
     arguments = parser.parse_args()
-    kinds = [kind for kind in ("training", "sampling") if arguments.only in (None, kind)]
+    kinds = [arguments.only] if arguments.only else ["training", "sampling"]
     sequences = make_sequences()
     heads = {
         "training": ("training, s", "plain", "ratio", "error"),
         "sampling": ("sampling, s", "generate", "ratio", "same tokens"),
+        "lone": ("packed, s", "not packed", "ratio", "same tokens"),
     }
     print(f"{torch.get_num_threads()} threads, {arguments.rounds} rounds, hidden size ", end="")
     print(WIDE["hidden_size"] if arguments.wide else SIZES["hidden_size"])
@@ -267,11 +271,14 @@ def main() -> None:
     for name in arguments.families:
         with tempfile.TemporaryDirectory() as temporary:
             folder = make_model(name, Path(temporary), arguments.wide)
-            ours, plain = Cookbook(folder), Plain(folder)
+            ours = Cookbook(folder, pack_weights=arguments.only == "lone")
+            other = Cookbook(folder) if arguments.only == "lone" else Plain(folder)
         line = f"{name:18}"
         for kind in kinds:
-            measure = training if kind == "training" else sampling
-            line += measure(ours, plain, sequences, arguments.rounds)
+            if isinstance(other, Plain) and kind == "training":
+                line += training(ours, other, sequences, arguments.rounds)
+            else:
+                line += sampling(ours, other, sequences[: 1 if kind == "lone" else None], arguments.rounds)
         print(line, flush=True)
 
 
@@ -284,12 +291,12 @@ def training(ours: Cookbook, plain: Plain, sequences: list[TokenSequence], num_r
     return f"{columns(runs, num_rounds)}{error:13.1e}"
 
 
-def sampling(ours: Cookbook, plain: Plain, sequences: list[TokenSequence], num_rounds: int) -> str:
+def sampling(ours: Cookbook, other: Cookbook | Plain, sequences: list[TokenSequence], num_rounds: int) -> str:
     prompts = [sequence.tokens_T for sequence in sequences]
-    pairs = zip(ours.sample(prompts), plain.sample(prompts), strict=True)
+    pairs = zip(ours.sample(prompts), other.sample(prompts), strict=True)
     num_same = sum(found == expected for found, expected in pairs)
-    runs = lambda: ours.sample(prompts), lambda: plain.sample(prompts)
-    return f"{columns(runs, num_rounds)}{num_same:10}/{NUM_SEQUENCES}"
+    runs = lambda: ours.sample(prompts), lambda: other.sample(prompts)
+    return f"{columns(runs, num_rounds)}{num_same:10}/{len(prompts)}"
 
 
 def columns(runs: Sequence[Callable[[], Any]], num_rounds: int) -> str:
