@@ -13,6 +13,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from sampled import assert_same
 from torch import Tensor
 
 from cookbook.engine.model.base_model import BaseModel
@@ -94,7 +95,8 @@ def test_the_memory_of_states_limits_how_many_sequences_run(tmp_path: Path) -> N
     limits = SamplingLimits(64, 1024, 2 * (64 + 48), 48)
     prompts = [[5, 6, 7], [8, 9], [10]]
     expected = sample(base, prompts, [6, 6, 6])
-    assert sample(base, prompts, [6, 6, 6], limits) == expected
+    for found, other in zip(sample(base, prompts, [6, 6, 6], limits), expected, strict=True):
+        assert_same(found, other)  # to rounding, because passes have other numbers of rows
 
 
 def states_with(rows: Tensor) -> RecurrentStates:
