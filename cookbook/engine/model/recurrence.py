@@ -76,6 +76,29 @@ def _is_mixer(module: nn.Module) -> bool:
     return any(not _STATE_METHODS.isdisjoint(function.__code__.co_names) for function in functions)
 
 
+class _Parameters:
+    """The parameters of a mixer's forward pass: names of those for the cache and the mask, or empty."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._signature = inspect.signature(forward)
+        names = [*self._signature.parameters]
+        self.cache = next((name for name in _CACHE_NAMES if name in names), "")
+        self.mask = next((name for name in _MASK_NAMES if name in names), "")
+        kinds = {parameter.kind: name for name, parameter in self._signature.parameters.items()}
+        self.further = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
+        """The name of what takes all others."""
+        self.takes_states = bool(self.cache and self.mask)
+        self._num_before = min(map(names.index, (self.cache, self.mask))) if self.takes_states else -1
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        return arguments | arguments.pop(self.further, {})
+
+    def are_before_states(self, args: tuple[Any, ...]) -> bool:
+        """Returns whether the cache and the mask are parameters, and none of these arguments."""
+        return len(args) <= self._num_before
+
+
 @dataclass(frozen=True)
 class SplitRow:
     """The places of a packed row's tokens in its batches. All batches are parts of one row of P tokens."""
@@ -202,6 +225,18 @@ class SplitRow:
             return {name: self.single_tokens(each) for name, each in value.items()}
         return value.transpose(0, 1) if self.is_of_row(value) else value
 
+    def step(
+        self,
+        forward: Callable[..., Any],
+        parameters: _Parameters,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Returns the result of a mixer for single tokens, without what splitting takes."""
+        assert self.states is not None
+        of_cache = {parameters.cache: self.states[0], parameters.mask: None}
+        return self.join([forward(*self.single_tokens(args), **self.single_tokens(kwargs) | of_cache)])
+
     def join(self, parts: Sequence[Any]) -> Any:
         """Returns the result for the whole row: tensors [R, L, ...] of the batches become one [1, N, ...].
 
@@ -315,37 +350,17 @@ class RecurrentLayers:
 
     def _splitting(self, mixer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         own_chunk_size, layer_idx = getattr(mixer, "chunk_size", None), getattr(mixer, "layer_idx", None)
-        signature = inspect.signature(forward)
-        cache_name = next((name for name in _CACHE_NAMES if name in signature.parameters), "")
-        mask_name = next((name for name in _MASK_NAMES if name in signature.parameters), "")
-        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
-        further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
+        parameters = _Parameters(forward)
         sampling_functions, training_functions = SamplingFunctions(mixer), TrainingFunctions(mixer)
         projections, tree_functions = SharedProjections(mixer), TreeFunctions(mixer)
         self._has_other_functions |= not tree_functions.are_known
-
-        takes_states = bool(cache_name and mask_name)
-        num_before_states = min(
-            (place for place, name in enumerate(signature.parameters) if name in (cache_name, mask_name)),
-            default=0,
-        )
-
-        def step(row: SplitRow, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            """Runs the one token of each sequence, without what splitting a row into batches takes."""
-            assert row.states is not None
-            of_cache = {cache_name: row.states[0], mask_name: None}
-            sampling_functions.continue_from(row.states[0].get_recurrent_state(layer_idx))
-            is_on_cpu = row.place_N.device.type == "cpu"
-            with sampling_functions.in_use() if is_on_cpu else contextlib.nullcontext():
-                out = forward(*row.single_tokens(args), **row.single_tokens(kwargs) | of_cache)
-            return row.join([out])
 
         # The batches differ for every row, so a compiled layer would be recompiled for each row.
         @torch.compiler.disable
         def split_forward(*args: Any, **kwargs: Any) -> Any:
             self.num_calls += 1
             if self._borders is not None:
-                if not further_name:
+                if not parameters.further:
                     raise ValueError(f"{type(mixer).__name__} does not take the borders of sequences")
                 return forward(*args, **(kwargs | self._borders))
             if self._tree is not None and tree_functions.are_known:
@@ -353,27 +368,29 @@ class RecurrentLayers:
                     return forward(*args, **kwargs)
             if (row := self._row) is None:
                 return forward(*args, **kwargs)
-            if row.is_single_tokens and takes_states and len(args) <= num_before_states:
-                return step(row, args, kwargs)
-            arguments = signature.bind(*args, **kwargs).arguments
-            arguments |= arguments.pop(further_name, {})
+            is_on_cpu = row.place_N.device.type == "cpu"
+            if row.is_single_tokens and parameters.are_before_states(args):
+                assert row.states is not None
+                sampling_functions.continue_from(row.states[0].get_recurrent_state(layer_idx))
+                with sampling_functions.in_use() if is_on_cpu else contextlib.nullcontext():
+                    return row.step(forward, parameters, args, kwargs)
+            arguments = parameters.bound(args, kwargs)
             if row.states is not None:
-                if not cache_name or not mask_name:
+                if not parameters.takes_states:
                     raise ValueError(f"{type(mixer).__name__} takes no cache that holds its states")
-                arguments[mask_name] = torch.ones_like(row.place_N, dtype=torch.bool)[None]
+                arguments[parameters.mask] = torch.ones_like(row.place_N, dtype=torch.bool)[None]
             names_of_row = (name for name, value in arguments.items() if row.is_of_row(value))
             input_name = next(names_of_row) if row.own_in_batches else ""
             of_row: dict[str, list[Tensor]] = {}
             functions = training_functions if row.states is None else sampling_functions
-            is_on_cpu = row.place_N.device.type == "cpu"
             outs: list[Any] = []
             try:
                 for number, part in enumerate(row.split(arguments)):
                     if row.states is not None:
-                        part[cache_name] = states = row.states[number]
+                        part[parameters.cache] = states = row.states[number]
                         sampling_functions.continue_from(states.get_recurrent_state(layer_idx))
                         if not row.is_padded[number]:
-                            part[mask_name] = None
+                            part[parameters.mask] = None
                     if isinstance(own_chunk_size, int) and is_on_cpu:
                         mixer.chunk_size = chunk_size_for(row.shapes[number][1], own_chunk_size)
                     with functions.in_use() if is_on_cpu else contextlib.nullcontext():
