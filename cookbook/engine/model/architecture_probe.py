@@ -85,6 +85,8 @@ def _choose_passes(
 ) -> None:
     """Does what `probe` says, given the results of the sequences run alone: their log-probabilities, and the
     gradients of the embeddings, or none if there is no backward pass."""
+    own_attention = base.model.config._attn_implementation
+    noise = functools.cache(lambda: _rounding_noise(base, alone, expected_S, own_attention))
 
     def why_not(compute: Callable[[], Tensor]) -> str | None:
         try:
@@ -98,19 +100,6 @@ def _choose_passes(
             return None
         return f"its log-probabilities would move by {difference:.2%}"
 
-    @functools.cache
-    def noise() -> float:
-        """Returns the difference that rounding explains in 16 bits."""
-        with _one_at_a_time(base, own_attention):
-            return rounding_noise.tolerance_in_16_bits(
-                _TOLERANCE_16_BIT,
-                base.model.get_input_embeddings(),
-                lambda: _difference(
-                    base, torch.cat([base.logprobs_of_whole_model(batch) for batch in alone]), expected_S
-                ),
-            )
-
-    own_attention = base.model.config._attn_implementation
     base.has_plain_head = True
     reason = why_not(lambda: _logprobs_of_plain_head(base, alone))
     if reason is not None:
@@ -138,6 +127,20 @@ def _choose_passes(
     else:
         logger.info("%s computes what sequences share for each of them (%s).", base.name, cannot_share)
     warn_if_slow(base.name, base.device, base.is_padded, cannot_share)
+
+
+def _rounding_noise(
+    base: ModelPasses, alone: list[PackedBatch], expected_S: Tensor, own_attention: str
+) -> float:
+    """Returns the difference that rounding explains in 16 bits."""
+    with _one_at_a_time(base, own_attention):
+        return rounding_noise.tolerance_in_16_bits(
+            _TOLERANCE_16_BIT,
+            base.model.get_input_embeddings(),
+            lambda: _difference(
+                base, torch.cat([base.logprobs_of_whole_model(batch) for batch in alone]), expected_S
+            ),
+        )
 
 
 def _choose_sharing(base: ModelPasses, why_not_shared: Callable[[], str | None]) -> None:

@@ -28,7 +28,7 @@ program computes the same bits on the same machine."""
 _MULTIPLES = (1, 2, 4, 8)
 _ROWS_TRIED = (1, 2, 3, 4, 6, 8, 12, 20, 28, 44, 64, 180)
 """Libraries choose kernels by the number of rows."""
-_OUTPUTS_TRIED = 4096
+OUTPUTS_TRIED = 4096
 """More would take seconds for the projection to a large vocabulary."""
 _VECTOR = 32
 """How many floats a CPU may process at once, the rest of a tensor by another formula of exp."""
@@ -68,11 +68,11 @@ def _product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> T
 class PackedWeights:
     """All linear layers of a model, packed."""
 
-    def __init__(self, model: Any, row_multiple: int) -> None:
+    def __init__(self, model: Any, layers: list[nn.Linear], row_multiple: int) -> None:
         """`row_multiple`: products of so many rows have the same bits for a row."""
         self._model = model
         self.row_multiple = row_multiple
-        self._packed = {layer: PackedLinear(layer) for layer in _linear_layers(model)}
+        self._packed = {layer: PackedLinear(layer) for layer in layers}
 
     def are_current(self) -> bool:
         """Returns whether the model has the weights that were packed, and no adapter but LoRAs on them."""
@@ -120,23 +120,23 @@ def _modules(model: Any) -> list[nn.Module]:
 
 def pack(model: Any, dtype: torch.dtype, share_of_memory: float = _SHARE_OF_MEMORY) -> PackedWeights | None:
     """Returns the packed weights of a model on a CPU, or None where they would not help or not fit."""
-    reason = _why_not(model, dtype, share_of_memory)
+    layers = _linear_layers(model)
+    reason = _why_not(model, layers, dtype, share_of_memory)
     if reason is None:
         try:
             for multiple in _MULTIPLES:
-                reason = _why_unequal(model, multiple)
+                reason = _why_unequal(layers, model.get_output_embeddings(), multiple)
                 if reason is None:
-                    return PackedWeights(model, multiple)
+                    return PackedWeights(model, layers, multiple)
         except (RuntimeError, AttributeError, NotImplementedError) as error:  # private functions of torch
             reason = f"{type(error).__name__}: {error}"
     logger.info("Weights are not packed for sampling: %s.", reason)
     return None
 
 
-def _why_not(model: Any, dtype: torch.dtype, share_of_memory: float) -> str | None:
+def _why_not(model: Any, layers: list[nn.Linear], dtype: torch.dtype, share_of_memory: float) -> str | None:
     if dtype != torch.float32:
         return f"they are {str(dtype).removeprefix('torch.')}, and float32 is packed"
-    layers = _linear_layers(model)
     known = {id(layer.weight) for layer in layers}
     known |= {
         id(module.weight)
@@ -163,16 +163,16 @@ def _has_no_product(module: nn.Embedding | nn.Conv1d) -> bool:
 
 
 @torch.no_grad()
-def _why_unequal(model: Any, multiple: int) -> str | None:
+def _why_unequal(layers: list[nn.Linear], head: Any, multiple: int) -> str | None:
     """Returns why the bits of a row would depend on the number of rows on this CPU, or None.
 
     The numbers of rows are multiples of the given number.
     """
     generator = torch.Generator().manual_seed(0)
-    for layer in {layer.weight.shape: layer for layer in _linear_layers(model)}.values():
-        if multiple * layer.out_features % _VECTOR and layer is not model.get_output_embeddings():
+    for layer in {layer.weight.shape: layer for layer in layers}.values():
+        if multiple * layer.out_features % _VECTOR and layer is not head:
             return f"{multiple} rows of {layer.out_features} outputs are no multiple of {_VECTOR} numbers"
-        weight_OI = layer.weight[:_OUTPUTS_TRIED]
+        weight_OI = layer.weight[:OUTPUTS_TRIED]
         rows_NI = torch.randn(_ROWS_TRIED[-1], layer.in_features, generator=generator)
         packed_OI = torch.ops.mkldnn._reorder_linear_weight(weight_OI, None)
         expected_NO = _product(rows_NI, packed_OI)

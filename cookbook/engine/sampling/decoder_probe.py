@@ -86,8 +86,6 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
 
 _ROWS_TRIED = (4, 8, 12, 20, 28, 44, 64)
 """Libraries choose kernels by the number of rows, so several are tried on each side of powers of two."""
-_OUTPUTS_TRIED = 4096
-"""More would take seconds for the projection to a large vocabulary."""
 
 
 def _row_multiple(base: BaseModel) -> int:
@@ -101,7 +99,7 @@ def _row_multiple(base: BaseModel) -> int:
         weight for weight in base.model.parameters() if weight.ndim == 2 and weight.dtype == base.dtype
     ]
     generator = torch.Generator().manual_seed(0)
-    for weight_OI in {weight.shape: weight[:_OUTPUTS_TRIED] for weight in matrices}.values():
+    for weight_OI in {weight.shape: weight[: packed_weights.OUTPUTS_TRIED] for weight in matrices}.values():
         rows_RI = torch.randn(_ROWS_TRIED[-1], weight_OI.shape[1], generator=generator).to(base.dtype)
         expected_RO = rows_RI @ weight_OI.T
         if any(not torch.equal(rows_RI[:num] @ weight_OI.T, expected_RO[:num]) for num in _ROWS_TRIED):
